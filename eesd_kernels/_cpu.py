@@ -1,0 +1,155 @@
+"""CPU implementations in C++: tensors in, `eesd_kernels._C` over their addresses.
+
+Each returns None where the C++ library does not take the dtypes or layout at hand, and the caller
+falls back on the reference.
+"""
+
+import torch
+from torch import Tensor
+
+from eesd_kernels import _C
+
+_NULL = 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return _NULL if tensor is None else tensor.data_ptr()
+
+
+def linear_cpu(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor | None:
+    """x `[..., H]` float32 over a float32 or bfloat16 weight."""
+    bf16 = weight.dtype is torch.bfloat16
+    if x.dtype is not torch.float32 or not (bf16 or weight.dtype is torch.float32):
+        return None
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = residual.contiguous() if residual is not None else None
+    outs, ins = weight.shape
+    out = torch.empty(*x.shape[:-1], outs, dtype=torch.float32)
+    _C.linear(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(ins, 1), ins, outs,
+        bf16=bf16, residual=_address(residual),
+    )  # fmt: skip
+    return out
+
+
+def philox_words_cpu(
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    purpose: int,
+    ids: Tensor | int,
+    parent: Tensor | None = None,
+) -> Tensor:
+    """The words of `reference.philox_words`, bit for bit."""
+    rows = seed.shape[0]
+    if isinstance(ids, int):  # one Philox call serves four consecutive ids
+        n, listed = ids, None
+    else:
+        n = ids.shape[-1]
+        listed = ids.to(torch.int32).expand(rows, n).contiguous()
+    out = torch.empty(rows, n, dtype=torch.uint32)
+    _C.philox_words(
+        seed.contiguous().data_ptr(), position.contiguous().data_ptr(),
+        base.contiguous().data_ptr(), int(purpose), rows, n, out.data_ptr(),
+        ids=_address(listed), parent=_address(None if parent is None else parent.contiguous()),
+    )  # fmt: skip
+    return out.to(torch.int64)
+
+
+def sample_beta_cpu(alpha: Tensor, beta: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """alpha, beta `[B]` or `[B, buckets]` float32."""
+    alpha, beta = alpha.contiguous(), beta.contiguous()
+    out = torch.empty_like(alpha)
+    buckets = alpha.shape[1] if alpha.dim() == 2 else 1
+    if alpha.numel():
+        _C.sample_beta(
+            alpha.data_ptr(), beta.data_ptr(), seed.contiguous().data_ptr(),
+            position.contiguous().data_ptr(), alpha.numel(), buckets, out.data_ptr(),
+        )  # fmt: skip
+    return out
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """x `[..., H]` float32, weight float32 or bfloat16."""
+    bf16 = weight.dtype is torch.bfloat16
+    if x.dtype is not torch.float32 or not (bf16 or weight.dtype is torch.float32):
+        return None
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    size = weight.shape[0]
+    _C.rms_norm(x.data_ptr(), weight.data_ptr(), bf16, eps, x.numel() // size, size, out.data_ptr())
+    return out
+
+
+def swiglu_cpu(gate_up: Tensor) -> Tensor | None:
+    """gate_up `[..., 2 I]` float32."""
+    if gate_up.dtype is not torch.float32:
+        return None
+    gate_up = gate_up.contiguous()
+    size = gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], size, dtype=torch.float32)
+    _C.swiglu(gate_up.data_ptr(), gate_up.numel() // max(2 * size, 1), size, out.data_ptr())
+    return out
+
+
+def _cache_is_plain(cache: Tensor) -> bool:
+    """Float32 with contiguous sequences, however far apart they lie."""
+    return cache.dtype is torch.float32 and (
+        cache.is_contiguous() or cache.shape[0] == 0 or cache[0].is_contiguous()
+    )
+
+
+def rope_cache_write_cpu(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    num_rows: Tensor,
+    depth: Tensor | None,
+) -> Tensor | None:
+    """qkv `[B, T, (Hq + 2 Hkv) D]` float32 into a float32 cache."""
+    plain = _cache_is_plain(k_cache) and _cache_is_plain(v_cache)
+    same = k_cache.stride(0) == v_cache.stride(0)
+    if not (plain and same) or qkv.dtype is not torch.float32 or cos.dtype is not torch.float32:
+        return None
+    qkv, lengths, num_rows = qkv.contiguous(), lengths.contiguous(), num_rows.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    depth = None if depth is None else depth.contiguous()
+    batch, rows, width = qkv.shape
+    slots, kv_heads, head_size = k_cache.shape[1:]
+    heads = width // head_size - 2 * kv_heads
+    out = torch.empty(batch, rows, heads, head_size, dtype=torch.float32)
+    _C.rope_cache_write(
+        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        k_cache.stride(0), lengths.data_ptr(), num_rows.data_ptr(), _address(depth), batch, rows,
+        heads, kv_heads, head_size, slots, cos.shape[0], out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def tree_attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    num_rows: Tensor,
+    scale: float,
+    ancestry: Tensor | None,
+) -> Tensor | None:
+    """q `[B, T, Hq, D]` float32 over a float32 cache."""
+    plain = _cache_is_plain(k_cache) and _cache_is_plain(v_cache)
+    same = k_cache.stride(0) == v_cache.stride(0)
+    if not (plain and same) or q.dtype is not torch.float32:
+        return None
+    q, lengths, num_rows = q.contiguous(), lengths.contiguous(), num_rows.contiguous()
+    ancestry = None if ancestry is None else ancestry.contiguous()
+    batch, rows, heads, head_size = q.shape
+    out = torch.empty_like(q)
+    _C.tree_attention(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0),
+        lengths.data_ptr(), num_rows.data_ptr(), _address(ancestry), scale, batch, rows, heads,
+        k_cache.shape[2], head_size, k_cache.shape[1], out.data_ptr(),
+    )  # fmt: skip
+    return out

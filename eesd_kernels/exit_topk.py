@@ -1,0 +1,92 @@
+"""Early-exit logits reduced where they arise: the k best, their ids and the normaliser.
+
+`logits = rms_norm(hidden) W^T`, hidden `[R, H]`, lm_head `[V, H]`; the k largest (descending,
+ties to the lower id) and `logsumexp(logits)`. Bound by reading the weight, `V H` numbers. The
+full `[R, V]` row leaves the op nowhere, and no dense draft distribution exists anywhere.
+"""
+
+import torch
+from torch import Tensor
+
+from eesd_kernels import reference
+from eesd_kernels._checks import FLOATING, Checks
+from eesd_kernels._library import register
+from eesd_kernels.linear import linear_op
+from eesd_kernels.rms_norm import rms_norm_op
+
+MAX_K = 64
+
+
+def _cpu(
+    hidden: Tensor, lm_head: Tensor, k: int, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference, with the fast product and without sorting the vocabulary."""
+    if hidden.dtype is not torch.float32:
+        return reference.exit_topk(hidden, lm_head, k, norm_weight, eps)
+    x = hidden if norm_weight is None else rms_norm_op(hidden, norm_weight, eps)
+    logits = linear_op(x, lm_head, None)
+    lse = logits.logsumexp(-1)
+    values, ids = logits.topk(k, dim=-1)
+    kept = (logits >= values[:, -1:]).sum(-1)
+    if not bool(lse.isfinite().all()) or bool((kept > k).any()) or _has_ties(values):
+        return reference.exit_topk(hidden, lm_head, k, norm_weight, eps)
+    return values, ids.to(torch.int32), lse
+
+
+def _has_ties(values: Tensor) -> bool:
+    return values.shape[1] > 1 and bool((values[:, 1:] == values[:, :-1]).any())
+
+
+def _fake(
+    hidden: Tensor, lm_head: Tensor, k: int, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty(rows, k, dtype=torch.float32),
+        hidden.new_empty(rows, k, dtype=torch.int32),
+        hidden.new_empty(rows, dtype=torch.float32),
+    )
+
+
+exit_topk_op = register(
+    "exit_topk(Tensor hidden, Tensor lm_head, int k, Tensor? norm_weight, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=reference.exit_topk,
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def exit_topk(
+    hidden: Tensor,
+    lm_head: Tensor,
+    k: int,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best early-exit logits of each row.
+
+    Args:
+        hidden: `[R, H]` floating. lm_head: `[V, H]`, the dtype of hidden, or bfloat16 under
+            float32 hidden.
+        k: kept candidates, 1 to min(64, V).
+        norm_weight: `[H]` weight of the RMSNorm before the head; None: no norm.
+        eps: of that norm.
+
+    Returns:
+        values float32 `[R, k]` descending, ids int32 `[R, k]` (ties to the lower id),
+        logsumexp float32 `[R]`. A row with NaN or +inf logits, or none finite: NaN, -1, NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype, device or range.
+    """
+    check = Checks("exit_topk")
+    check.tensor("hidden", hidden, ("R", "H"), FLOATING)
+    mixed = (torch.bfloat16,) if hidden.dtype is torch.float32 else ()
+    check.tensor("lm_head", lm_head, ("V", "H"), (hidden.dtype, *mixed))
+    if norm_weight is not None:
+        check.tensor("norm_weight", norm_weight, ("H",), FLOATING)
+    check.integer("k", k, 1, min(MAX_K, lm_head.shape[0]))
+    check.number("eps", eps, 0.0, 1.0)
+    return exit_topk_op(hidden, lm_head, k, norm_weight, eps)

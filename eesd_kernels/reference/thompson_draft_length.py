@@ -1,0 +1,49 @@
+"""Choose how many tokens to draft, from a Beta posterior over the chance of acceptance.
+
+With theta drawn from the posterior (Thompson 1933), `E(l) = 1 + theta + .. + theta^l` tokens are
+expected of a round of draft length l, which costs `C(l)`:
+
+- cost: one L maximises `sum_b E_b(min(L, cap_b)) / C(L)`; row b drafts `min(L, cap_b)`.
+- bernoulli: after each token theta is drawn afresh and drafting goes on with that probability
+  (our reading of Liu et al. 2024).
+- constant: the cap.
+"""
+
+import torch
+from torch import Tensor
+
+from eesd_kernels.laws import Purpose, Rule
+from eesd_kernels.reference.philox import accept_uniform, philox_words
+from eesd_kernels.reference.sample_beta import sample_beta
+
+
+def thompson_draft_length(
+    alpha: Tensor,
+    beta: Tensor,
+    cap: Tensor,
+    rule: int,
+    costs: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    live = cap >= 0
+    cap = cap.clamp(min=0)
+    longest = int(cap.max()) if cap.numel() else 0
+    length = torch.arange(longest + 1, device=cap.device)
+    if rule == Rule.CONSTANT or longest == 0:
+        return cap.to(torch.int32)
+    if rule == Rule.BERNOULLI:
+        steps = alpha.shape[0], longest
+        theta = sample_beta(
+            alpha[:, None].expand(steps), beta[:, None].expand(steps), seed, position
+        )
+        words = philox_words(
+            seed, position, torch.zeros_like(position), Purpose.PLAN, 4 * length[:-1]
+        )
+        goes_on = accept_uniform(words) < theta
+        return torch.minimum(goes_on.cumprod(1).sum(1), cap).to(torch.int32)
+    theta = sample_beta(alpha, beta, seed, position).double()
+    expected = (theta[:, None] ** length).cumsum(1)  # [B, longest + 1]: E_b(l)
+    expected = expected.gather(1, torch.minimum(length, cap[:, None]).long())
+    gain = (expected * live[:, None]).sum(0) / costs[: longest + 1].double()
+    return torch.minimum(cap, gain.argmax()).to(torch.int32)

@@ -1,0 +1,83 @@
+"""Draw draft tokens from a sparse exit law: one, or n children without replacement.
+
+`q = softmax(values / temperature)` over the k candidates of `exit_topk`; the draw is a race keyed
+by (seed, position, round base, candidate id), so it repeats anywhere, token for token. The law
+that produced the children is an argument and must be given to verification unchanged. Moves
+O(k) numbers a row. It draws; it prunes and re-orders nothing, since that would bias the text.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from eesd_kernels import reference
+from eesd_kernels._checks import Checks
+from eesd_kernels._cpu import philox_words_cpu
+from eesd_kernels._library import register
+
+
+def _fake(
+    values: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    law: Tensor,
+    n: int,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    parent: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return ids.new_empty(values.shape[0], n), values.new_empty(values.shape)
+
+
+sample_draft_op = register(
+    "sample_draft(Tensor values, Tensor ids, Tensor temperature, Tensor law, int n, Tensor seed,"
+    " Tensor position, Tensor base, Tensor? parent) -> (Tensor, Tensor)",
+    reference=reference.sample_draft,
+    cpu=partial(reference.sample_draft, words=philox_words_cpu),
+    fake=_fake,
+)
+
+
+def sample_draft(
+    values: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    law: Tensor,
+    n: int,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    *,
+    parent: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw n child tokens a row.
+
+    Args:
+        values: `[R, k]` float32, exit logits. ids: `[R, k]` int32, -1 where there is none.
+        temperature: `[R]` float32; 0 takes the n best.
+        law: `[R]` int32, see `Law`.
+        n: children a row, 1 to k.
+        seed: `[R]` int64. position, base: `[R]` int32, place of the drawn token and round base.
+        parent: `[R]` int32, node of the tree whose children these are; None: a linear draft.
+
+    Returns:
+        child ids int32 `[R, n]` in the order drawn, -1 where the row has no more candidates;
+        q float32 `[R, k]`, the very probabilities that verification needs.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype, device or range.
+    """
+    check = Checks("sample_draft")
+    check.tensor("values", values, ("R", "k"), torch.float32)
+    check.tensor("ids", ids, ("R", "k"), torch.int32)
+    check.tensor("temperature", temperature, ("R",), torch.float32)
+    check.tensor("law", law, ("R",), torch.int32)
+    check.integer("n", n, 1, values.shape[1])
+    check.tensor("seed", seed, ("R",), torch.int64)
+    check.tensor("position", position, ("R",), torch.int32)
+    check.tensor("base", base, ("R",), torch.int32)
+    if parent is not None:
+        check.tensor("parent", parent, ("R",), torch.int32)
+    return sample_draft_op(values, ids, temperature, law, n, seed, position, base, parent)

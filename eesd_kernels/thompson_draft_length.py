@@ -1,0 +1,64 @@
+"""Draft lengths of a batch from Beta posteriors by Thompson sampling, one call a round.
+
+alpha, beta `[B]` float32; a table of what a round of each draft length costs; a cap a sequence.
+The rules stand in `reference/thompson_draft_length.py` and in `Rule`. Moves a few numbers a
+sequence: its price is its launch.
+"""
+
+import torch
+from torch import Tensor
+
+from eesd_kernels import reference
+from eesd_kernels._checks import Checks
+from eesd_kernels._library import register
+from eesd_kernels.laws import Rule
+
+thompson_draft_length_op = register(
+    "thompson_draft_length(Tensor alpha, Tensor beta, Tensor cap, int rule, Tensor costs,"
+    " Tensor seed, Tensor position) -> Tensor",
+    reference=reference.thompson_draft_length,
+    fake=lambda alpha, beta, cap, *_: cap.new_empty(cap.shape),
+)
+
+
+def thompson_draft_length(
+    alpha: Tensor,
+    beta: Tensor,
+    cap: Tensor,
+    rule: Rule | int,
+    costs: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Choose each sequence's draft length.
+
+    Args:
+        alpha, beta: `[B]` float32, posterior of the chance that a draft token is accepted.
+        cap: `[B]` int32, longest draft allowed; -1 takes a sequence out of the round.
+        rule: see `Rule`.
+        costs: `[K+1]` float32, cost of a round of draft length 0 to K, in any unit; K is at
+            least the largest cap. Read by the cost rule.
+        seed: `[B]` int64. position: `[B]` int32, cached tokens when the round begins.
+
+    Returns:
+        `[B]` int32 draft lengths, 0 to cap.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype, device or range.
+    """
+    check = Checks("thompson_draft_length")
+    check.tensor("alpha", alpha, ("B",), torch.float32)
+    check.tensor("beta", beta, ("B",), torch.float32)
+    check.tensor("cap", cap, ("B",), torch.int32)
+    check.tensor("costs", costs, ("K+1",), torch.float32)
+    check.tensor("seed", seed, ("B",), torch.int64)
+    check.tensor("position", position, ("B",), torch.int32)
+    if rule not in tuple(Rule):
+        names = ", ".join(f"{r.value} ({r.name.lower()})" for r in Rule)
+        raise ValueError(f"thompson_draft_length: rule: expected {names}, got {rule}")
+    if cap.device.type == "cpu" and bool((cap >= costs.shape[0]).any()):
+        raise ValueError(
+            f"thompson_draft_length: costs: expected at least {int(cap.max()) + 1} entries "
+            f"(largest cap {int(cap.max())}), got {costs.shape[0]}"
+        )
+    return thompson_draft_length_op(alpha, beta, cap, int(rule), costs, seed, position)

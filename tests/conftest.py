@@ -1,0 +1,34 @@
+"""Shared by all tests: poisoned buffers, and a count of the tests that wait for a GPU."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers():
+    """Fresh buffers hold NaN or the largest integer, so an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    waiting = [item for item in items if item.get_closest_marker("gpu")]
+    for item in waiting:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    config.stash[_WAITING] = len(waiting)
+
+
+_WAITING = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    count = terminalreporter.config.stash.get(_WAITING, 0)
+    terminalreporter.write_line(f"tests skipped for want of a GPU: {count}")
