@@ -1,0 +1,79 @@
+"""The KV cache: one tensor for all layers of the backbone and the exit layer's own."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eesd.config import ModelConfig
+from eesd_kernels.rope_cache_write import rope_cache_write_op
+from eesd_kernels.tree_attention import tree_attention_op
+
+
+class Block(NamedTuple):
+    """Where a block of new rows stands in its sequences.
+
+    lengths `[B]` int32: cached tokens before the block. num_rows `[B]` int32: live rows of it; the
+    others store nothing. sequence: the one row of the cache that is meant (prefill), or None for
+    all of them.
+    """
+
+    lengths: Tensor
+    num_rows: Tensor
+    sequence: int | None = None
+
+
+class KVCache:
+    """`[layers, 2, B, S, Hkv, D]`, layers 0..L-1 of the backbone, then the exit layer's.
+
+    Nothing at or above a sequence's length is read before it is written again, so rolling back a
+    linear draft moves no bytes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        rope: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        *,
+        exit_layers: int,
+    ) -> None:
+        device = rope[0].device
+        shape = (config.num_layers + exit_layers, 2, batch, capacity)
+        try:
+            self.data = torch.zeros(
+                *shape, config.num_kv_heads, config.head_size, dtype=dtype, device=device
+            )
+        except torch.OutOfMemoryError:
+            element = torch.empty((), dtype=dtype).element_size()
+            size = (
+                2 * shape[0] * batch * capacity * config.num_kv_heads * config.head_size * element
+            )
+            raise RuntimeError(
+                f"the KV cache of {batch} sequences of {capacity} tokens ({size / 2**30:.1f} GiB) "
+                f"does not fit on {device}: lower the batch or max_new_tokens"
+            ) from None
+        self.capacity = capacity
+        self._rope = rope
+        self._scale = config.head_size**-0.5
+        self._layers = [(kv[0], kv[1]) for kv in self.data]
+
+    def attend(self, layer: int, qkv: Tensor, block: Block) -> Tensor:
+        """Write the block's K and V, and attend from it: `[B, T, .]` to `[B, T, Hq D]`."""
+        k, v = self._layers[layer]
+        if block.sequence is not None:
+            k, v = k[block.sequence, None], v[block.sequence, None]
+        cos, sin = self._rope
+        q = rope_cache_write_op(qkv, cos, sin, k, v, block.lengths, block.num_rows, None)
+        out = tree_attention_op(q, k, v, block.lengths, block.num_rows, self._scale, None)
+        return out.flatten(2)
+
+    def write(self, layer: int, qkv: Tensor, block: Block) -> None:
+        """Write the block's K and V only."""
+        k, v = self._layers[layer]
+        if block.sequence is not None:
+            k, v = k[block.sequence, None], v[block.sequence, None]
+        cos, sin = self._rope
+        rope_cache_write_op(qkv, cos, sin, k, v, block.lengths, block.num_rows, None)

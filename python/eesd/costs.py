@@ -1,0 +1,68 @@
+"""Measure what a round's parts cost, once a model, batch size and head."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from eesd.cache import Block
+from eesd.controller import CostTable
+from eesd.exit_head import ExitHead
+from eesd.loading import Model
+from eesd.models import Llama
+from eesd.round import Engine, Sampling
+
+_CONTEXT, _REPEATS = 64, 5
+
+
+def measured_costs(
+    model: Model, head: ExitHead, batch: int, max_draft: int, sampling: Sampling
+) -> CostTable:
+    """The cost table of this model at this batch size, measured on the first call and kept."""
+    sampled = bool((sampling.temperature > 0).any())
+    key = (batch, id(head), sampled)
+    known = model.measured_costs.get(key)
+    if known is None or len(known.rest) <= max_draft:
+        known = _measure(model.backbone, head, batch, max_draft, sampling)
+        model.measured_costs[key] = known
+    return known
+
+
+def _measure(
+    backbone: Llama, head: ExitHead, batch: int, max_draft: int, sampling: Sampling
+) -> CostTable:
+    device = backbone.device
+    capacity = min(backbone.config.max_position, _CONTEXT + max_draft + 1)
+    engine = Engine(backbone, head, backbone.new_cache(batch, capacity, exit_layers=1))
+    context = torch.full((batch,), capacity - max_draft - 1, dtype=torch.int32, device=device)
+    pending = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+
+    def block(rows: int) -> Block:
+        return Block(context, torch.full_like(context, rows))
+
+    hidden = engine.prefix(pending, block(1))
+    draft = engine.draw(hidden, block(1), sampling, context)
+
+    def rest(length: int) -> Callable[[], object]:
+        rows, drafted = hidden.repeat(1, length + 1, 1), torch.full_like(context, length)
+        return lambda: engine.accept(rows, block(length + 1), [draft] * length, drafted, sampling)
+
+    return CostTable(
+        prefix=_median_ms(lambda: engine.prefix(pending, block(1)), device),
+        exit=_median_ms(lambda: engine.draw(hidden, block(1), sampling, context), device),
+        rest=tuple(_median_ms(rest(n), device) for n in range(max_draft + 1)),
+    )
+
+
+def _median_ms(step: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):  # the first warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[1:])

@@ -1,0 +1,205 @@
+"""One round of early-exit speculative decoding: plan, draft, verify, accept, commit.
+
+Books (c cached positions, x[c] pending: emitted, not yet run; draft length l):
+
+    row j  | token | slot, position | 0..N-1    | exit layer        | N..L-1 | logits of row j
+    0      | x[c]  | c              | K/V, h[0] | K/V; q_1 if l > 0 | K/V    | t_1 (l = 0: bonus)
+    1..l-1 | t_j   | c + j          | K/V, h[j] | K/V; q_(j+1)      | K/V    | t_(j+1)
+    l      | t_l   | c + l          | K/V, h[l] | K/V only          | K/V    | bonus
+
+Nothing below layer N is computed twice. Rolling back is setting c: nothing at or above c is read
+before it is written again.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eesd.cache import Block, KVCache
+from eesd.controller import Controller
+from eesd.exit_head import ExitHead
+from eesd.models import Llama
+from eesd_kernels import Law
+from eesd_kernels.sample_draft import sample_draft_op
+from eesd_kernels.verify_linear import verify_linear_op
+
+PREFILL_CHUNK = 256
+"""Rows a prefill step. A constant, so that a prompt is prefilled alike in every batch."""
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen, one value a sequence, `[B]`."""
+
+    law: Tensor  # int32, see eesd_kernels.Law
+    temperature: Tensor  # float32, 0 is greedy
+    top_k: Tensor  # int32
+    top_p: Tensor  # float32
+    min_p: Tensor  # float32
+    seed: Tensor  # int64
+    draft_candidates: int  # k of the sparse draft law
+
+    @classmethod
+    def uniform(
+        cls,
+        seeds: list[int],
+        device: torch.device,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        law: Law = Law.SAMPLED,
+        draft_candidates: int = 32,
+    ) -> "Sampling":
+        """The same rule for each sequence, a seed each."""
+        n = len(seeds)
+
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((n,), value, dtype=dtype, device=device)
+
+        return cls(
+            law=full(int(law), torch.int32),
+            temperature=full(temperature, torch.float32),
+            top_k=full(top_k, torch.int32),
+            top_p=full(top_p, torch.float32),
+            min_p=full(min_p, torch.float32),
+            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            draft_candidates=draft_candidates if temperature > 0 else 1,
+        )
+
+
+@dataclass
+class State:
+    """Where each sequence stands, `[B]` on the device."""
+
+    length: Tensor  # int32, c: cached positions
+    pending: Tensor  # int32, x[c]
+    remaining: Tensor  # int32, tokens still to emit
+    alive: Tensor  # bool
+
+
+class RoundResult(NamedTuple):
+    """What a round emitted: `token_ids[b, : num_accepted[b] + 1]` where alive and status is 0."""
+
+    token_ids: Tensor  # [B, l+1] int32
+    num_accepted: Tensor  # [B] int32
+    drafted: Tensor  # [B] int32, -1 for a sequence that took no part
+    status: Tensor  # [B] int32
+
+
+class Engine:
+    """A backbone, an exit head (None: plain decoding, no exit-layer work) and a cache."""
+
+    def __init__(self, backbone: Llama, head: ExitHead | None, cache: KVCache) -> None:
+        self.backbone, self.head, self.cache = backbone, head, cache
+        self.exit_layer = head.config.exit_layer if head else backbone.config.num_layers
+
+    def prefill(self, prompts: list[Tensor]) -> State:
+        """Run all but each prompt's last token, one unpadded sequence at a time; no LM head."""
+        device = self.backbone.device
+        for b, prompt in enumerate(prompts):
+            for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
+                ids = prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]
+                where = torch.tensor([[start], [len(ids)]], dtype=torch.int32, device=device)
+                block = Block(where[0], where[1], sequence=b)
+                hidden = self.prefix(ids[None], block)
+                if self.head:
+                    self.head.write(hidden, self.cache, block)
+                self.rest(hidden, block)
+        return State(
+            length=torch.tensor([len(p) - 1 for p in prompts], dtype=torch.int32, device=device),
+            pending=torch.stack([p[-1] for p in prompts]).to(torch.int32),
+            remaining=torch.zeros(len(prompts), dtype=torch.int32, device=device),
+            alive=torch.ones(len(prompts), dtype=torch.bool, device=device),
+        )
+
+    def prefix(self, ids: Tensor, block: Block) -> Tensor:
+        """Tokens `[B, T]` through layers 0..N-1: `h_N` `[B, T, H]`."""
+        return self.backbone.run_layers(
+            self.backbone.embed(ids), 0, self.exit_layer, self.cache, block
+        )
+
+    def rest(self, hidden: Tensor, block: Block) -> Tensor:
+        """`h_N` through layers N..L-1."""
+        last = self.backbone.config.num_layers
+        return self.backbone.run_layers(hidden, self.exit_layer, last, self.cache, block)
+
+    def draw(
+        self, hidden: Tensor, block: Block, sampling: Sampling, base: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft token from `h_N` `[B, 1, H]`: ids `[B]`, and q as `[B, k]` ids and probs."""
+        assert self.head is not None
+        out = self.head.run(hidden, self.cache, block)
+        values, candidates, _ = self.head.candidates(out[:, 0], sampling.draft_candidates)
+        child, q = sample_draft_op(
+            values, candidates, sampling.temperature, sampling.law, 1,
+            sampling.seed, block.lengths + 1, base, None,
+        )  # fmt: skip
+        return child[:, 0], candidates, q
+
+    def accept(
+        self,
+        hidden: Tensor,
+        block: Block,
+        drafts: list[tuple[Tensor, Tensor, Tensor]],
+        drafted: Tensor,
+        sampling: Sampling,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_N` `[B, l+1, H]` through the rest of the model, and the drafts' verdict."""
+        logits = self.backbone.logits(self.rest(hidden, block))
+        if drafts:
+            ids, q_ids, q = (torch.stack(parts, 1) for parts in zip(*drafts, strict=True))
+        else:
+            ids = drafted.new_empty(len(drafted), 0)
+            q_ids, q = ids[..., None], sampling.temperature.new_empty(len(drafted), 0, 1)
+        return verify_linear_op(
+            logits, ids, drafted, q_ids, q, sampling.law, sampling.temperature, sampling.top_k,
+            sampling.top_p, sampling.min_p, sampling.seed, block.lengths, block.lengths,
+        )  # fmt: skip
+
+    def run_round(
+        self, state: State, sampling: Sampling, controller: Controller, eos: Tensor | None
+    ) -> RoundResult:
+        """Draft, verify and commit once for every live sequence; updates state and posterior."""
+        base = state.length
+        room = torch.clamp(self.cache.capacity - 1 - base, max=controller.max_draft)
+        cap = torch.minimum(state.remaining - 1, room).clamp(min=0)
+        drafted = controller.plan(torch.where(state.alive, cap, -1), sampling.seed, base)
+        longest = int(drafted.max())
+
+        token, hiddens, drafts = state.pending, [], []
+        for j in range(longest + 1):
+            block = Block(base + j, (state.alive & (drafted >= j)).to(torch.int32))
+            hidden = self.prefix(token[:, None], block)
+            hiddens.append(hidden)
+            if j == longest:
+                if self.head:
+                    self.head.write(hidden, self.cache, block)
+                break
+            drafts.append(self.draw(hidden, block, sampling, base))
+            token = drafts[-1][0].clamp(min=0)
+            if eos is not None:  # nothing is drafted after an end of text
+                drafted = torch.where(torch.isin(token, eos), drafted.clamp(max=j + 1), drafted)
+                longest = int(drafted.max())
+
+        rows = torch.where(state.alive, drafted + 1, 0)
+        num_accepted, token_ids, status = self.accept(
+            torch.cat(hiddens, 1) if len(hiddens) > 1 else hiddens[0],
+            Block(base, rows.to(torch.int32)),
+            drafts,
+            drafted,
+            sampling,
+        )
+
+        emits = state.alive & (status == 0)
+        count = torch.where(emits, num_accepted + 1, 0)
+        took_part = torch.where(emits, drafted, -1)
+        controller.update(took_part, num_accepted)
+        last = token_ids.gather(1, num_accepted[:, None].long())[:, 0]
+        state.length = base + count
+        state.remaining = state.remaining - count
+        state.pending = torch.where(emits, last, state.pending)
+        return RoundResult(token_ids, num_accepted, took_part, status)

@@ -1,0 +1,53 @@
+"""What speculation did in a call: counts under the names that vLLM uses, and the posterior."""
+
+from dataclasses import dataclass, field
+
+from eesd.controller import CostTable
+
+
+@dataclass
+class SpeculativeStats:
+    """Counts over all sequences of a call, of the text as returned (cut at its end).
+
+    per_step_drafted and per_step_accepted hold one list a sequence. posterior holds alpha and
+    beta a sequence as the controller left them (it sees rounds uncut). costs is the table used.
+    """
+
+    per_step_drafted: list[list[int]]
+    per_step_accepted: list[list[int]]
+    posterior: list[tuple[float, float]] = field(default_factory=list)
+    costs: CostTable | None = None
+
+    @property
+    def num_spec_steps(self) -> int:
+        """Rounds, summed over sequences."""
+        return sum(len(steps) for steps in self.per_step_drafted)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens verified."""
+        return sum(map(sum, self.per_step_drafted))
+
+    @property
+    def num_accepted_draft_tokens(self) -> int:
+        """Draft tokens accepted."""
+        return sum(map(sum, self.per_step_accepted))
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a round with the bonus or correction; 1 is plain decoding's."""
+        return 1.0 + self.num_accepted_draft_tokens / max(1, self.num_spec_steps)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of draft tokens accepted; 0 where none was drafted."""
+        return self.num_accepted_draft_tokens / max(1, self.num_draft_tokens)
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """Rounds by number of accepted draft tokens, from 0 on."""
+        counts: dict[int, int] = {}
+        for steps in self.per_step_accepted:
+            for accepted in steps:
+                counts[accepted] = counts.get(accepted, 0) + 1
+        return [counts.get(n, 0) for n in range(max(counts, default=-1) + 1)]
