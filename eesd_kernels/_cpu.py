@@ -153,3 +153,66 @@ def tree_attention_cpu(
         k_cache.shape[2], head_size, k_cache.shape[1], out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def exit_topk_cpu(
+    hidden: Tensor, lm_head: Tensor, k: int, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """hidden `[R, H]` float32 over a float32 or bfloat16 head."""
+    x = hidden if norm_weight is None else rms_norm_cpu(hidden, norm_weight, eps)
+    logits = None if x is None else linear_cpu(x, lm_head, None)
+    if logits is None:
+        return None
+    rows, vocab = logits.shape
+    values = torch.empty(rows, k, dtype=torch.float32)
+    ids = torch.empty(rows, k, dtype=torch.int32)
+    logsumexp = torch.empty(rows, dtype=torch.float32)
+    _C.topk_logsumexp(
+        logits.data_ptr(), rows, vocab, k, values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr()
+    )
+    return values, ids, logsumexp
+
+
+def sample_draft_cpu(
+    values: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    law: Tensor,
+    n: int,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    parent: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The dtypes of the public function, k at most 64."""
+    rows, k = values.shape
+    values, ids = values.contiguous(), ids.contiguous()
+    temperature, law, seed = temperature.contiguous(), law.contiguous(), seed.contiguous()
+    position, base = position.contiguous(), base.contiguous()
+    parent = None if parent is None else parent.contiguous()
+    child_ids = torch.empty(rows, n, dtype=torch.int32)
+    probs = torch.empty(rows, k, dtype=torch.float32)
+    _C.sample_draft(
+        values.data_ptr(), ids.data_ptr(), temperature.data_ptr(), law.data_ptr(),
+        seed.data_ptr(), position.data_ptr(), base.data_ptr(), _address(parent), rows, k, n,
+        child_ids.data_ptr(), probs.data_ptr(),
+    )  # fmt: skip
+    return child_ids, probs
+
+
+def verify_linear_cpu(
+    target_logits: Tensor, draft_ids: Tensor, draft_length: Tensor, q_ids: Tensor, *rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The public function's arguments, float32 logits; the rest by name in `eesd/verify.h`."""
+    if target_logits.dtype is not torch.float32:
+        return None
+    tensors = [t.contiguous() for t in (target_logits, draft_ids, draft_length, q_ids, *rest)]
+    batch, width, vocab = target_logits.shape
+    num_accepted = torch.empty(batch, dtype=torch.int32)
+    token_ids = torch.empty(batch, width, dtype=torch.int32)
+    status = torch.empty(batch, dtype=torch.int32)
+    _C.verify_linear(
+        *(t.data_ptr() for t in tensors), batch, width - 1, vocab, q_ids.shape[2],
+        num_accepted.data_ptr(), token_ids.data_ptr(), status.data_ptr(),
+    )  # fmt: skip
+    return num_accepted, token_ids, status

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
+from eesd_kernels._cpu import exit_topk_cpu
 from eesd_kernels._library import register
-from eesd_kernels.linear import linear_op
-from eesd_kernels.rms_norm import rms_norm_op
 
 MAX_K = 64
 
@@ -20,21 +19,8 @@ MAX_K = 64
 def _cpu(
     hidden: Tensor, lm_head: Tensor, k: int, norm_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference, with the fast product and without sorting the vocabulary."""
-    if hidden.dtype is not torch.float32:
-        return reference.exit_topk(hidden, lm_head, k, norm_weight, eps)
-    x = hidden if norm_weight is None else rms_norm_op(hidden, norm_weight, eps)
-    logits = linear_op(x, lm_head, None)
-    lse = logits.logsumexp(-1)
-    values, ids = logits.topk(k, dim=-1)
-    kept = (logits >= values[:, -1:]).sum(-1)
-    if not bool(lse.isfinite().all()) or bool((kept > k).any()) or _has_ties(values):
-        return reference.exit_topk(hidden, lm_head, k, norm_weight, eps)
-    return values, ids.to(torch.int32), lse
-
-
-def _has_ties(values: Tensor) -> bool:
-    return values.shape[1] > 1 and bool((values[:, 1:] == values[:, :-1]).any())
+    out = exit_topk_cpu(hidden, lm_head, k, norm_weight, eps)
+    return reference.exit_topk(hidden, lm_head, k, norm_weight, eps) if out is None else out
 
 
 def _fake(

@@ -6,15 +6,14 @@ that produced the children is an argument and must be given to verification unch
 O(k) numbers a row. It draws; it prunes and re-orders nothing, since that would bias the text.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import Checks
-from eesd_kernels._cpu import philox_words_cpu
+from eesd_kernels._cpu import sample_draft_cpu
 from eesd_kernels._library import register
+from eesd_kernels.exit_topk import MAX_K
 
 
 def _fake(
@@ -35,7 +34,7 @@ sample_draft_op = register(
     "sample_draft(Tensor values, Tensor ids, Tensor temperature, Tensor law, int n, Tensor seed,"
     " Tensor position, Tensor base, Tensor? parent) -> (Tensor, Tensor)",
     reference=reference.sample_draft,
-    cpu=partial(reference.sample_draft, words=philox_words_cpu),
+    cpu=sample_draft_cpu,
     fake=_fake,
 )
 
@@ -55,7 +54,7 @@ def sample_draft(
     """Draw n child tokens a row.
 
     Args:
-        values: `[R, k]` float32, exit logits. ids: `[R, k]` int32, -1 where there is none.
+        values: `[R, k]` float32, exit logits, k at most 64. ids: `[R, k]` int32, -1: none.
         temperature: `[R]` float32; 0 takes the n best.
         law: `[R]` int32, see `Law`.
         n: children a row, 1 to k.
@@ -71,6 +70,7 @@ def sample_draft(
     """
     check = Checks("sample_draft")
     check.tensor("values", values, ("R", "k"), torch.float32)
+    check.integer("k", values.shape[1], 1, MAX_K)
     check.tensor("ids", ids, ("R", "k"), torch.int32)
     check.tensor("temperature", temperature, ("R",), torch.float32)
     check.tensor("law", law, ("R",), torch.int32)

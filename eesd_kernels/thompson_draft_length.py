@@ -5,11 +5,14 @@ The rules stand in `reference/thompson_draft_length.py` and in `Rule`. Moves a f
 sequence: its price is its launch.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import Checks
+from eesd_kernels._cpu import philox_words_cpu, sample_beta_cpu
 from eesd_kernels._library import register
 from eesd_kernels.laws import Rule
 
@@ -17,6 +20,7 @@ thompson_draft_length_op = register(
     "thompson_draft_length(Tensor alpha, Tensor beta, Tensor cap, int rule, Tensor costs,"
     " Tensor seed, Tensor position) -> Tensor",
     reference=reference.thompson_draft_length,
+    cpu=partial(reference.thompson_draft_length, draw=sample_beta_cpu, words=philox_words_cpu),
     fake=lambda alpha, beta, cap, *_: cap.new_empty(cap.shape),
 )
 

@@ -34,6 +34,7 @@ struct kernel_table {
   void (*rms_norm_f32)(const float* x, const void* weight, float eps, int64_t n, float* out);
   void (*rms_norm_bf16)(const float* x, const void* weight, float eps, int64_t n, float* out);
   void (*swiglu_row)(const float* gate, const float* up, int64_t n, float* out);
+  float (*logsumexp_row)(const float* x, int64_t n);
   void (*attend_row)(const float* q, const float* k, const float* v, int64_t slot_stride,
                      const int32_t* slot, int64_t count, int64_t head_size, float scale,
                      float* scores, float* out);

@@ -161,6 +161,68 @@ void tree_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int64_t b
   call(eesd_tree_attention_cpu, p, true, "tree_attention");
 }
 
+void topk_logsumexp(uintptr_t logits, int64_t rows, int64_t vocab, int64_t k, uintptr_t values,
+                    uintptr_t ids, uintptr_t logsumexp) {
+  eesd_topk_logsumexp_params p{};
+  p.logits = pointer<const float>(logits);
+  p.rows = rows;
+  p.vocab = vocab;
+  p.k = k;
+  p.values = pointer<float>(values);
+  p.ids = pointer<int32_t>(ids);
+  p.logsumexp = pointer<float>(logsumexp);
+  call(eesd_topk_logsumexp_cpu, p, rows * vocab > 65536, "exit_topk");
+}
+
+void sample_draft(uintptr_t values, uintptr_t ids, uintptr_t temperature, uintptr_t law,
+                  uintptr_t seed, uintptr_t position, uintptr_t base, uintptr_t parent,
+                  int64_t rows, int64_t k, int64_t n, uintptr_t child_ids, uintptr_t probs) {
+  eesd_sample_draft_params p{};
+  p.values = pointer<const float>(values);
+  p.ids = pointer<const int32_t>(ids);
+  p.temperature = pointer<const float>(temperature);
+  p.law = pointer<const int32_t>(law);
+  p.seed = pointer<const int64_t>(seed);
+  p.position = pointer<const int32_t>(position);
+  p.base = pointer<const int32_t>(base);
+  p.parent = pointer<const int32_t>(parent);
+  p.rows = rows;
+  p.k = k;
+  p.n = n;
+  p.child_ids = pointer<int32_t>(child_ids);
+  p.probs = pointer<float>(probs);
+  call(eesd_sample_draft_cpu, p, rows > 16, "sample_draft");
+}
+
+void verify_linear(uintptr_t target_logits, uintptr_t draft_ids, uintptr_t draft_length,
+                   uintptr_t q_ids, uintptr_t q_probs, uintptr_t law, uintptr_t temperature,
+                   uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t seed,
+                   uintptr_t position, uintptr_t base, int64_t batch, int64_t drafts, int64_t vocab,
+                   int64_t k, uintptr_t num_accepted, uintptr_t token_ids, uintptr_t status) {
+  eesd_verify_linear_params p{};
+  p.target_logits = pointer<const float>(target_logits);
+  p.draft_ids = pointer<const int32_t>(draft_ids);
+  p.draft_length = pointer<const int32_t>(draft_length);
+  p.q_ids = pointer<const int32_t>(q_ids);
+  p.q_probs = pointer<const float>(q_probs);
+  p.law = pointer<const int32_t>(law);
+  p.temperature = pointer<const float>(temperature);
+  p.top_k = pointer<const int32_t>(top_k);
+  p.top_p = pointer<const float>(top_p);
+  p.min_p = pointer<const float>(min_p);
+  p.seed = pointer<const int64_t>(seed);
+  p.position = pointer<const int32_t>(position);
+  p.base = pointer<const int32_t>(base);
+  p.batch = batch;
+  p.drafts = drafts;
+  p.vocab = vocab;
+  p.k = k;
+  p.num_accepted = pointer<int32_t>(num_accepted);
+  p.token_ids = pointer<int32_t>(token_ids);
+  p.status = pointer<int32_t>(status);
+  call(eesd_verify_linear_cpu, p, true, "verify_linear");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -194,6 +256,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu", &swiglu, "float32 gate_up [rows, 2 size], out [rows, size].");
   m.def("rope_cache_write", &rope_cache_write, "See eesd/decoder.h; 0 for a null depth.");
   m.def("tree_attention", &tree_attention, "See eesd/decoder.h; 0 for a null ancestry.");
+  m.def("topk_logsumexp", &topk_logsumexp, "See eesd/draft.h.");
+  m.def("sample_draft", &sample_draft, "See eesd/draft.h; 0 for a null parent.");
+  m.def("verify_linear", &verify_linear, "See eesd/verify.h.");
   m.def("get_num_threads", &eesd_get_num_threads);
   m.def("isa", &eesd_cpu_isa, "The CPU instruction set in use: avx512, avx2 or generic.");
   m.def("version", &eesd_version);

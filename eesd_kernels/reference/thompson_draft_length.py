@@ -9,6 +9,8 @@ expected of a round of draft length l, which costs `C(l)`:
 - constant: the cap.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ def thompson_draft_length(
     costs: Tensor,
     seed: Tensor,
     position: Tensor,
+    draw: Callable[..., Tensor] = sample_beta,
+    words: Callable[..., Tensor] = philox_words,
 ) -> Tensor:
     live = cap >= 0
     cap = cap.clamp(min=0)
@@ -34,15 +38,11 @@ def thompson_draft_length(
         return cap.to(torch.int32)
     if rule == Rule.BERNOULLI:
         steps = alpha.shape[0], longest
-        theta = sample_beta(
-            alpha[:, None].expand(steps), beta[:, None].expand(steps), seed, position
-        )
-        words = philox_words(
-            seed, position, torch.zeros_like(position), Purpose.PLAN, 4 * length[:-1]
-        )
-        goes_on = accept_uniform(words) < theta
+        theta = draw(alpha[:, None].expand(steps), beta[:, None].expand(steps), seed, position)
+        coins = words(seed, position, torch.zeros_like(position), Purpose.PLAN, 4 * length[:-1])
+        goes_on = accept_uniform(coins) < theta
         return torch.minimum(goes_on.cumprod(1).sum(1), cap).to(torch.int32)
-    theta = sample_beta(alpha, beta, seed, position).double()
+    theta = draw(alpha, beta, seed, position).double()
     expected = (theta[:, None] ** length).cumsum(1)  # [B, longest + 1]: E_b(l)
     expected = expected.gather(1, torch.minimum(length, cap[:, None]).long())
     gain = (expected * live[:, None]).sum(0) / costs[: longest + 1].double()

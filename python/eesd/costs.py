@@ -1,6 +1,5 @@
 """Measure what a round's parts cost, once a model, batch size and head."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -48,21 +47,29 @@ def _measure(
         rows, drafted = hidden.repeat(1, length + 1, 1), torch.full_like(context, length)
         return lambda: engine.accept(rows, block(length + 1), [draft] * length, drafted, sampling)
 
-    return CostTable(
-        prefix=_median_ms(lambda: engine.prefix(pending, block(1)), device),
-        exit=_median_ms(lambda: engine.draw(hidden, block(1), sampling, context), device),
-        rest=tuple(_median_ms(rest(n), device) for n in range(max_draft + 1)),
-    )
+    steps = [
+        lambda: engine.prefix(pending, block(1)),
+        lambda: engine.draw(hidden, block(1), sampling, context),
+        *(rest(n) for n in range(max_draft + 1)),
+    ]
+    prefix, exit_, *rests = _fastest_ms(steps, device)
+    # More rows never cost less: what an entry has above a longer one's is another program's doing.
+    for n in range(len(rests) - 2, -1, -1):
+        rests[n] = min(rests[n], rests[n + 1])
+    return CostTable(prefix=prefix, exit=exit_, rest=tuple(rests))
 
 
-def _median_ms(step: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):  # the first warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[1:])
+def _fastest_ms(steps: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """The fastest of some runs of each step, taken in turn so that a busy spell hits all alike."""
+    fastest = [float("inf")] * len(steps)
+    for repeat in range(_REPEATS + 1):
+        for i, step in enumerate(steps):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:  # the first warms up
+                fastest[i] = min(fastest[i], (time.perf_counter() - start) * 1e3)
+    return fastest

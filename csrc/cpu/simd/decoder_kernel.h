@@ -84,4 +84,33 @@ void attend_row(const float* q, const float* k, const float* v, int64_t slot_str
   for (int64_t d = 0; d < head_size; ++d) out[d] *= inverse;
 }
 
+// log sum exp; NaN or +inf among the logits, or none finite, give a result that is not finite.
+float logsumexp_row(const float* x, int64_t n) {
+  using namespace eesd;
+  float lane[kSumLanes];
+  for (int j = 0; j < kSumLanes; ++j) lane[j] = -INFINITY;
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (int j = 0; j < kSumLanes; ++j) lane[j] = maxf(x[i + j], lane[j]);
+  }
+  for (int j = 0; i + j < n; ++j) lane[j] = maxf(x[i + j], lane[j]);
+  float top = lane[0];
+  for (int j = 1; j < kSumLanes; ++j) top = maxf(top, lane[j]);
+  if (!(absf(top) < INFINITY)) return top - top;  // NaN for either infinity
+  for (int j = 0; j < kSumLanes; ++j) lane[j] = 0.0f;
+  for (i = 0; i + kSumLanes <= n; i += kSumLanes) {
+    for (int j = 0; j < kSumLanes; ++j) {
+      const float d = x[i + j] - top;
+      const float e = expf_exact(maxf(d, -87.0f));
+      lane[j] += d >= -87.0f ? e : d != d ? d : 0.0f;
+    }
+  }
+  for (int j = 0; i + j < n; ++j) {
+    const float d = x[i + j] - top;
+    const float e = expf_exact(maxf(d, -87.0f));
+    lane[j] += d >= -87.0f ? e : d != d ? d : 0.0f;
+  }
+  return top + logf_exact(sum_lanes(lane));
+}
+
 }  // namespace

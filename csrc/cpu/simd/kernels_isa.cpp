@@ -13,8 +13,9 @@
 namespace eesd::cpu {
 
 extern const kernel_table EESD_JOIN(kernels_, EESD_ISA) = {
-    EESD_TEXT(EESD_ISA), 2 * kLanes,  pack_x_f32,   pack_x_bf16,   linear_f32, linear_bf16,
-    philox_fill,         sample_beta, rms_norm_f32, rms_norm_bf16, swiglu_row, attend_row,
+    EESD_TEXT(EESD_ISA), 2 * kLanes,    pack_x_f32,  pack_x_bf16,  linear_f32,
+    linear_bf16,         philox_fill,   sample_beta, rms_norm_f32, rms_norm_bf16,
+    swiglu_row,          logsumexp_row, attend_row,
 };
 
 }  // namespace eesd::cpu

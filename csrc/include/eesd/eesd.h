@@ -3,8 +3,10 @@
 
 #include "eesd/beta.h"
 #include "eesd/decoder.h"
+#include "eesd/draft.h"
 #include "eesd/linear.h"
 #include "eesd/philox.h"
 #include "eesd/random.h"
 #include "eesd/status.h"
 #include "eesd/threads.h"
+#include "eesd/verify.h"
