@@ -1,0 +1,1 @@
+"""Benchmarks and end-to-end checks, each run as `python -m bench.<name>`; results are files."""

@@ -1,0 +1,115 @@
+"""Greedy ids of EESD against plain decoding's, prompt by prompt.
+
+In float64 all must be equal. In float32 a mismatch is printed with the gap between the two best
+logits where the texts part: only near-ties may differ. Exits with 1 otherwise.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import eesd
+from bench.prompts import add_data_argument, load_prompts
+from bench.results import write_results
+from eesd.cache import Block
+
+NEAR_TIE = 1e-5
+
+
+def main() -> None:
+    """Run, print mismatches, write `greedy_equality.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_data_argument(parser)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--sets", nargs="+", default=["gsm8k_test", "humaneval"])
+    parser.add_argument("--prompts", type=int, help="at most so many a set (all)")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
+    parser.add_argument("--schedule", default="thompson")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    rows, wrong = [], 0
+    for dtype in args.dtypes:
+        model = eesd.load(args.model, device="cpu", dtype=dtype)
+        for name in args.sets:
+            prompts = load_prompts(args.data, name, model, args.new_tokens)[: args.prompts]
+            for batch in args.batches:
+                start = time.perf_counter()
+                gaps = mismatches(model, prompts, batch, args.new_tokens, args.schedule)
+                allowed = 0.0 if dtype == "float64" else NEAR_TIE
+                wrong += sum(gap > allowed or dtype == "float64" for gap in gaps)
+                rows.append(
+                    {
+                        "dataset": name,
+                        "mode": "greedy",
+                        "schedule": "default" if args.schedule == "thompson" else args.schedule,
+                        "dtype": dtype,
+                        "B": batch,
+                        "prompts": len(prompts),
+                        "new_tokens": args.new_tokens,
+                        "ids_equal": not gaps,
+                        "mismatches": len(gaps),
+                        "largest_gap": max(gaps, default=None),
+                        "seconds": round(time.perf_counter() - start, 1),
+                    }
+                )
+                print(rows[-1], flush=True)
+                write_results("greedy_equality", rows, out=args.out, on="cpu")
+    if wrong:
+        raise SystemExit(f"{wrong} mismatches beyond a near-tie")
+
+
+def mismatches(
+    model: eesd.Model, prompts: list[Tensor], batch: int, new_tokens: int, schedule: str
+) -> list[float]:
+    """Gaps between the two best logits at the first differing token of each unequal prompt."""
+    gaps = []
+    for first in range(0, len(prompts), batch):
+        ids, mask = _left_padded(prompts[first : first + batch])
+        plain, fast = (
+            eesd.generate(
+                model,
+                ids,
+                mask,
+                max_new_tokens=new_tokens,
+                num_assistant_tokens=drafts,
+                num_assistant_tokens_schedule=schedule,
+            )
+            for drafts in (0, 8)
+        )
+        width = max(plain.shape[1], fast.shape[1])
+        pad = lambda x, width=width: torch.nn.functional.pad(x, (0, width - x.shape[1]))  # noqa: E731
+        for row, (a, b) in enumerate(zip(pad(plain), pad(fast), strict=True)):
+            if not torch.equal(a, b):
+                at = int((a != b).nonzero()[0])
+                gaps.append(_gap(model, a[:at][mask[row].argmax() :]))
+                print(f"  prompt {first + row}, token {at}: gap {gaps[-1]:.2e}", flush=True)
+    return gaps
+
+
+def _left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts])
+    return ids, mask.long()
+
+
+@torch.inference_mode()
+def _gap(model: eesd.Model, ids: Tensor) -> float:
+    backbone = model.backbone
+    cache = backbone.new_cache(1, len(ids), exit_layers=0)
+    where = Block(torch.zeros(1, dtype=torch.int32), torch.tensor([len(ids)], dtype=torch.int32))
+    hidden = backbone.run_layers(
+        backbone.embed(ids[None]), 0, model.config.num_layers, cache, where
+    )
+    best = backbone.logits(hidden[:, -1])[0].topk(2).values
+    return float(best[0] - best[1])
+
+
+if __name__ == "__main__":
+    main()
