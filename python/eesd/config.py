@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,14 @@ class ExitHeadConfig:
     def __post_init__(self) -> None:
         if self.model_type != EXIT_HEAD_TYPE:
             raise ValueError(f"model_type: expected {EXIT_HEAD_TYPE!r}, got {self.model_type!r}")
-        if not 1 <= self.exit_layer < self.num_layers:
+        if type(self.exit_layer) is not int or not 1 <= self.exit_layer < self.num_layers:
             raise ValueError(
-                f"exit_layer: expected 1 to {self.num_layers - 1}, got {self.exit_layer}"
+                f"exit_layer: expected an integer, 1 to {self.num_layers - 1}, "
+                f"got {self.exit_layer!r}"
             )
-        if not (self.prior_alpha > 0 and self.prior_beta > 0):
+        if not all(0 < value < math.inf for value in (self.prior_alpha, self.prior_beta)):
             raise ValueError(
-                "prior_alpha, prior_beta: expected above 0, "
+                "prior_alpha, prior_beta: expected finite and above 0, "
                 f"got {self.prior_alpha}, {self.prior_beta}"
             )
 

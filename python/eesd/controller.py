@@ -35,6 +35,9 @@ class CostTable:
 
     def __post_init__(self) -> None:
         values = (self.prefix, self.exit, *self.rest)
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"assistant_costs: expected numbers, got {value!r}")
         if not self.rest or not all(v >= 0 and v < float("inf") for v in values):
             raise ValueError(
                 "assistant_costs: expected prefix, exit and rest to be finite and not negative, "
@@ -48,7 +51,7 @@ class CostTable:
         if len(self.rest) <= max_draft:
             raise ValueError(
                 f"assistant_costs: rest: expected at least {max_draft + 1} entries for "
-                f"num_assistant_tokens = {max_draft}, got {len(self.rest)}"
+                f"drafts of up to {max_draft} tokens, got {len(self.rest)}"
             )
         costs = [(n + 1) * self.prefix + n * self.exit + self.rest[n] for n in range(max_draft + 1)]
         return torch.tensor(costs, dtype=torch.float32, device=device)

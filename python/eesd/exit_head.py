@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -107,8 +106,8 @@ class ExitHead:
             fresh.mkdir()
             save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
             (fresh / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            if folder.exists():
-                shutil.rmtree(folder)
+            if folder.exists():  # leaves with the temporary folder, once the new one stands
+                os.replace(folder, Path(temporary) / "old")
             os.replace(fresh, folder)
 
     def run(self, hidden: Tensor, cache: KVCache, block: Block) -> Tensor:

@@ -1,5 +1,6 @@
 """`generate`: checked arguments in, token ids out; the loop over rounds."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from eesd.stats import SpeculativeStats
 from eesd_kernels import Law, Rule
 
 LAWS = {"rejection": Law.SAMPLED, "coupled": Law.COUPLED}
-HOPELESS = 0.05
-"""Acceptance below which a call says that its exit head does not fit."""
+HOPELESS, ENOUGH = 0.05, 64
+"""Acceptance below which, after so many drafts, a call says that its exit head does not fit."""
 
 
 class Streamer(Protocol):
@@ -103,15 +104,21 @@ def generate(
         RuntimeError: the model gave NaN or infinite logits. With `return_dict_in_generate` the
             sequence's finish reason says so instead, and the others are complete.
     """
-    config = (generation_config or GenerationConfig()).updated(kwargs)
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a model of eesd.load, got {type(model).__name__}")
-    prompts = check_prompts(model.config, input_ids, attention_mask, config.max_new_tokens)
-    if input_ids.device != model.backbone.device:
+    for name, given, kind in (
+        ("generation_config", generation_config, GenerationConfig),
+        ("exit_head", exit_head, ExitHead),
+    ):
+        if not isinstance(given, kind | None):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(given).__name__}")
+    config = (generation_config or GenerationConfig()).updated(kwargs)
+    if isinstance(input_ids, Tensor) and input_ids.device != model.backbone.device:
         raise ValueError(
             f"input_ids: expected device {model.backbone.device} as the model's, "
             f"got {input_ids.device}"
         )
+    prompts = check_prompts(model.config, input_ids, attention_mask, config.max_new_tokens)
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"streamer: expected one sequence, got {len(prompts)}")
     head = _head(model, exit_head, config)
@@ -137,6 +144,13 @@ def generate(
         list(zip(controller.alpha.tolist(), controller.beta.tolist(), strict=True)),
         costs,
     )
+    if stats.num_draft_tokens >= ENOUGH and stats.draft_acceptance_rate < HOPELESS:
+        warnings.warn(
+            f"{stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft tokens were "
+            "accepted: the exit head does not fit this text or this model, and drafting costs "
+            "more than it brings",
+            stacklevel=2,
+        )
     if return_dict_in_generate:
         return GenerateOutput(sequences, reasons, stats)
     for b, reason in enumerate(reasons):
@@ -188,7 +202,8 @@ def _decode(
     streamer: Streamer | None,
 ) -> tuple[list[_Transcript], Controller, CostTable | None]:
     backbone, batch = model.backbone, len(prompts)
-    max_draft = config.num_assistant_tokens if head else 0
+    # More than max_new_tokens - 1 drafts never fit; measuring them would leave the positions.
+    max_draft = min(config.num_assistant_tokens, config.max_new_tokens - 1) if head else 0
     sampling = Sampling.uniform(
         seeds,
         backbone.device,
@@ -196,7 +211,8 @@ def _decode(
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
-        law=LAWS[config.assistant_sampling],
+        # Plain decoding tests no draft, and its noise is the one that `coupled` promises.
+        law=LAWS[config.assistant_sampling] if head else Law.COUPLED,
     )
     rule = SCHEDULES[config.num_assistant_tokens_schedule]
     costs = config.assistant_costs

@@ -18,6 +18,10 @@ NOT_YET = (
 """Arguments that users of transformers know and that are refused by name until they work."""
 
 
+_INT32 = 2**31 - 1
+_FLOAT32 = 2.0**127
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """What `generate` does besides the model and the prompt.
@@ -54,7 +58,7 @@ class GenerationConfig:
         self._integer("max_new_tokens", 1)
         self._integer("top_k", 0)
         self._integer("num_assistant_tokens", 0)
-        self._number("temperature", 0.0, float("inf"), "above 0", low_open=True)
+        self._number("temperature", 0.0, _FLOAT32, "above 0 and finite", low_open=True)
         self._number("top_p", 0.0, 1.0, "above 0, at most 1", low_open=True)
         self._number("min_p", 0.0, 1.0, "0 to 1")
         if not isinstance(self.do_sample, bool):
@@ -68,19 +72,21 @@ class GenerationConfig:
         elif eos is not None:
             self._integer("eos_token_id", 0)
         for token in eos if isinstance(eos, (list, tuple)) else ():
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"eos_token_id: expected ids of 0 or more, got {token!r}")
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32:
+                raise ValueError(f"eos_token_id: expected ids of 0 to {_INT32}, got {token!r}")
         if self.pad_token_id is not None:
             self._integer("pad_token_id", 0)
         if isinstance(self.assistant_costs, Mapping):
             try:
                 given = dict(self.assistant_costs)
-                table = CostTable(given.pop("prefix"), given.pop("exit"), tuple(given.pop("rest")))
+                prefix, exit_, rest = (given.pop(name) for name in ("prefix", "exit", "rest"))
             except KeyError as error:
                 raise ValueError(f"assistant_costs: {error} is missing") from None
             if given:
                 raise ValueError(f"assistant_costs: unknown: {', '.join(sorted(given))}")
-            object.__setattr__(self, "assistant_costs", table)
+            if not isinstance(rest, (list, tuple)):
+                raise TypeError(f"assistant_costs: rest: expected numbers, got {rest!r}")
+            object.__setattr__(self, "assistant_costs", CostTable(prefix, exit_, tuple(rest)))
         elif not isinstance(self.assistant_costs, CostTable | None):
             raise TypeError(
                 "assistant_costs: expected a CostTable or a mapping with prefix, exit and rest, "
@@ -105,6 +111,8 @@ class GenerationConfig:
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < low:
             raise ValueError(f"{name}: expected {low} or more, got {value}")
+        if value > _INT32:
+            raise ValueError(f"{name}: expected {_INT32} or less, got {value}")
 
     def _number(
         self, name: str, low: float, high: float, text: str, *, low_open: bool = False
@@ -112,8 +120,7 @@ class GenerationConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number {text}, got {value!r}")
-        inside = low <= value <= high and value != float("inf")
-        if not inside or (low_open and value == low):
+        if not low <= value <= high or (low_open and value == low):
             raise ValueError(f"{name}: expected {text}, got {value}")
 
     def _one_of(self, name: str, values: tuple[str, ...]) -> None:

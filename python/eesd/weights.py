@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eesd.config import read_json
+
 _SAMPLES, _SAMPLE_BYTES = 64, 64
 
 
@@ -30,7 +32,10 @@ class WeightFolder:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index}: expected a weight_map of tensor names to files")
+            names = sorted(set(map(str, shards.values())))
             self.files = [folder / name for name in names]
         else:
             self.files = [folder / "model.safetensors"]

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 after an error, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments
+    warnings.showwarning = _show_warning
     try:
         args = _parse(arguments)
         status: int = args.run(args)
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"eesd: error: {lines[0]}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"eesd: warning: {message}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -51,7 +51,6 @@ class Llama:
             return value if stored is not None or narrow else value.to(dtype)
 
         embedding = get("model.embed_tokens.weight", *table)
-        tied = config.tied_head or "lm_head.weight" not in folder
         return cls(
             config,
             embedding,
@@ -60,7 +59,7 @@ class Llama:
                 for i in range(config.num_layers)
             ],
             get("model.norm.weight", config.hidden_size),
-            embedding if tied else get("lm_head.weight", *table),
+            embedding if config.tied_head else get("lm_head.weight", *table),
             dtype,
         )
 
