@@ -1,11 +1,15 @@
 """Greedy ids of EESD against plain decoding's, prompt by prompt.
 
 In float64 all must be equal. In float32 a mismatch is printed with the gap between the two best
-logits where the texts part: only near-ties may differ. Exits with 1 otherwise.
+logits where the texts part: only near-ties may differ. Exits with 1 otherwise. The work is cut
+into parts that run in `--jobs` processes of one thread each.
 """
 
 import argparse
-import time
+import functools
+import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -15,8 +19,10 @@ import eesd
 from bench.prompts import add_data_argument, load_prompts
 from bench.results import write_results
 from eesd.cache import Block
+from eesd_kernels import _C
 
 NEAR_TIE = 1e-5
+PART = 24
 
 
 def main() -> None:
@@ -30,38 +36,70 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
     parser.add_argument("--schedule", default="thompson")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    rows, wrong = [], 0
-    for dtype in args.dtypes:
-        model = eesd.load(args.model, device="cpu", dtype=dtype)
-        for name in args.sets:
-            prompts = load_prompts(args.data, name, model, args.new_tokens)[: args.prompts]
-            for batch in args.batches:
-                start = time.perf_counter()
-                gaps = mismatches(model, prompts, batch, args.new_tokens, args.schedule)
-                allowed = 0.0 if dtype == "float64" else NEAR_TIE
-                wrong += sum(gap > allowed or dtype == "float64" for gap in gaps)
-                rows.append(
-                    {
-                        "dataset": name,
-                        "mode": "greedy",
-                        "schedule": "default" if args.schedule == "thompson" else args.schedule,
-                        "dtype": dtype,
-                        "B": batch,
-                        "prompts": len(prompts),
-                        "new_tokens": args.new_tokens,
-                        "ids_equal": not gaps,
-                        "mismatches": len(gaps),
-                        "largest_gap": max(gaps, default=None),
-                        "seconds": round(time.perf_counter() - start, 1),
-                    }
-                )
-                print(rows[-1], flush=True)
-                write_results("greedy_equality", rows, out=args.out, on="cpu")
+    cases = list(itertools.product(args.dtypes, args.sets, args.batches))
+    gaps: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}
+    counts = {
+        name: len(_prompts(args.model, "float32", args.data, name, args.new_tokens)[: args.prompts])
+        for name in args.sets
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=_one_thread) as pool:
+        parts = {
+            pool.submit(_part, args, *case, slice(first, min(first + PART, counts[case[1]]))): case
+            for case in cases
+            for first in range(0, counts[case[1]], PART)
+        }
+        for done, part in enumerate(as_completed(parts), 1):
+            gaps[parts[part]] += part.result()
+            print(f"{done} of {len(parts)} parts", end="\r", flush=True)
+    rows = [
+        {
+            "dataset": name,
+            "mode": "greedy",
+            "schedule": "default" if args.schedule == "thompson" else args.schedule,
+            "dtype": dtype,
+            "B": batch,
+            "prompts": counts[name],
+            "new_tokens": args.new_tokens,
+            "ids_equal": not found,
+            "mismatches": len(found),
+            "largest_gap": max(found, default=None),
+        }
+        for (dtype, name, batch), found in gaps.items()
+    ]
+    for row in rows:
+        print(row)
+    print(write_results("greedy_equality", rows, out=args.out, on="cpu"))
+    wrong = sum(
+        gap > NEAR_TIE or dtype == "float64" for (dtype, *_), found in gaps.items() for gap in found
+    )
     if wrong:
         raise SystemExit(f"{wrong} mismatches beyond a near-tie")
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    _C.set_num_threads(1)
+
+
+@functools.cache
+def _model(name: str, dtype: str) -> eesd.Model:
+    return eesd.load(name, device="cpu", dtype=dtype)
+
+
+@functools.cache
+def _prompts(model: str, dtype: str, data: Path, name: str, new_tokens: int) -> list[Tensor]:
+    return load_prompts(data, name, _model(model, dtype), new_tokens)
+
+
+def _part(args: argparse.Namespace, dtype: str, name: str, batch: int, part: slice) -> list[float]:
+    prompts = _prompts(args.model, dtype, args.data, name, args.new_tokens)[part]
+    model = _model(args.model, dtype)
+    return mismatches(model, prompts, batch, args.new_tokens, args.schedule)
 
 
 def mismatches(

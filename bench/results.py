@@ -45,14 +45,18 @@ def write_results(
         "triton": _version("triton"),
         "commit": _run("git", "rev-parse", "HEAD"),
         "date": date.today().isoformat(),
-        "command": f"python -m bench.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *_arguments()]),
         "rows": rows,
     }
-    content["command"] = str(content["command"]).strip()
     path = (out or ROOT) / where / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _arguments() -> list[str]:
+    """The command line without this machine's folders."""
+    return ["FOLDER" if Path(word).is_absolute() else word for word in sys.argv[1:]]
 
 
 def _version(package: str) -> str | None:
