@@ -199,9 +199,8 @@ def test_a_difference_is_located(
 
 def test_a_useless_exit_head_is_warned_of(capsys: pytest.CaptureFixture) -> None:
     options = ["--early-exit", "1", "--schedule", "constant", "--max-new-tokens", "24"]
-    with pytest.warns(UserWarning, match="the exit head does not fit this text"):
-        report = report_of(capsys, EXAMPLES["math"], *options)
-    assert report["draft_acceptance_rate"] < 0.05
+    assert main(["generate", "--device", "cpu", EXAMPLES["math"], *options]) == 0
+    assert "eesd: warning: 1 of 148 draft tokens were accepted" in capsys.readouterr().err
 
 
 ERRORS: dict[str, tuple[list[str], str]] = {
