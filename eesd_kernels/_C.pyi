@@ -1,12 +1,31 @@
-"""The binding over raw addresses; contracts stand in csrc/include/eesd."""
+"""The binding over raw addresses; contracts stand in csrc/include/eesd.
+
+`stream`: None takes host addresses, the address of a CUDA stream device ones.
+"""
+
+with_cuda: bool
 
 def philox_words(
     seed: int, position: int, base: int, purpose: int, rows: int, n: int, out: int,
-    *, ids: int = 0, parent: int = 0,
+    *, ids: int = 0, parent: int = 0, stream: int | None = None,
 ) -> None: ...
 def sample_beta(
     alpha: int, beta: int, seed: int, position: int, n: int, buckets: int, out: int,
-    *, status: int = 0,
+    *, status: int = 0, stream: int | None = None,
+) -> None: ...
+def thompson_draft_length(
+    alpha: int, beta: int, cap: int, rule: int, costs: int, seed: int, position: int, batch: int,
+    buckets: int, num_costs: int, length: int, stream: int | None, /,
+) -> None: ...
+def thompson_look(
+    alpha: int, beta: int, cap: int, costs: int, exit_cost: float, seed: int, position: int,
+    top_prob: int, batch: int, buckets: int, num_costs: int, step: int, length: int, bucket: int,
+    run: int, looking: int, stream: int | None, /,
+) -> None: ...
+def thompson_update(
+    alpha: int, beta: int, prior_alpha: int, prior_beta: int, drafted: int, accepted: int,
+    bucket: int, batch: int, buckets: int, max_draft: int, discount: float,
+    stream: int | None, /,
 ) -> None: ...
 def linear(
     x: int, weight: int, out: int, rows: int, in_features: int, out_features: int,

@@ -12,14 +12,17 @@ from eesd_kernels.exit_topk import exit_topk
 from eesd_kernels.laws import Law, Purpose, Rule
 from eesd_kernels.linear import linear
 from eesd_kernels.rms_norm import rms_norm
+from eesd_kernels.rollback_kv import rollback_kv
 from eesd_kernels.rope_cache_write import rope_cache_write
 from eesd_kernels.sample_beta import sample_beta
 from eesd_kernels.sample_draft import sample_draft
 from eesd_kernels.swiglu import swiglu
 from eesd_kernels.thompson_draft_length import thompson_draft_length
+from eesd_kernels.thompson_look import thompson_look
 from eesd_kernels.thompson_update import thompson_update
 from eesd_kernels.tree_attention import tree_attention
 from eesd_kernels.verify_linear import verify_linear
+from eesd_kernels.verify_tree import verify_tree
 
 __all__ = [
     "Law",
@@ -31,14 +34,17 @@ __all__ = [
     "implementations",
     "linear",
     "rms_norm",
+    "rollback_kv",
     "rope_cache_write",
     "sample_beta",
     "sample_draft",
     "swiglu",
     "thompson_draft_length",
+    "thompson_look",
     "thompson_update",
     "tree_attention",
     "verify_linear",
+    "verify_tree",
 ]
 
 

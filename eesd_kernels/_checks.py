@@ -69,6 +69,12 @@ class Checks:
             )
         return value
 
+    def size(self, name: str, low: int) -> None:
+        """Check that a size that a tensor has bound is at least `low`."""
+        size, owner = self.sizes[name]
+        if size < low:
+            raise ValueError(f"{self.op}: {owner}: expected {name} at least {low}, got {size}")
+
     def number(self, name: str, value: object, low: float, high: float) -> None:
         """Check that a Python number lies in `[low, high]`."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -1,13 +1,14 @@
 """CPU implementations in C++: tensors in, `eesd_kernels._C` over their addresses.
 
 Each returns None where the C++ library does not take the dtypes or layout at hand, and the caller
-falls back on the reference.
+falls back on the reference. Those with a `stream` also serve CUDA tensors: see `_cuda`.
 """
 
 import torch
 from torch import Tensor
 
 from eesd_kernels import _C
+from eesd_kernels.laws import Law
 
 _NULL = 0
 
@@ -39,6 +40,7 @@ def philox_words_cpu(
     purpose: int,
     ids: Tensor | int,
     parent: Tensor | None = None,
+    stream: int | None = None,
 ) -> Tensor:
     """The words of `reference.philox_words`, bit for bit."""
     rows = seed.shape[0]
@@ -47,26 +49,125 @@ def philox_words_cpu(
     else:
         n = ids.shape[-1]
         listed = ids.to(torch.int32).expand(rows, n).contiguous()
-    out = torch.empty(rows, n, dtype=torch.uint32)
+    seed, position, base = seed.contiguous(), position.contiguous(), base.contiguous()
+    parent = None if parent is None else parent.contiguous()
+    out = torch.empty(rows, n, dtype=torch.int32, device=seed.device)
     _C.philox_words(
-        seed.contiguous().data_ptr(), position.contiguous().data_ptr(),
-        base.contiguous().data_ptr(), int(purpose), rows, n, out.data_ptr(),
-        ids=_address(listed), parent=_address(None if parent is None else parent.contiguous()),
+        seed.data_ptr(), position.data_ptr(), base.data_ptr(), int(purpose), rows, n,
+        out.data_ptr(), ids=_address(listed), parent=_address(parent), stream=stream,
     )  # fmt: skip
-    return out.to(torch.int64)
+    return out.to(torch.int64) & 0xFFFFFFFF
 
 
-def sample_beta_cpu(alpha: Tensor, beta: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample_beta_cpu(
+    alpha: Tensor, beta: Tensor, seed: Tensor, position: Tensor, stream: int | None = None
+) -> Tensor:
     """alpha, beta `[B]` or `[B, buckets]` float32."""
     alpha, beta = alpha.contiguous(), beta.contiguous()
+    seed, position = seed.contiguous(), position.contiguous()
     out = torch.empty_like(alpha)
     buckets = alpha.shape[1] if alpha.dim() == 2 else 1
     if alpha.numel():
         _C.sample_beta(
-            alpha.data_ptr(), beta.data_ptr(), seed.contiguous().data_ptr(),
-            position.contiguous().data_ptr(), alpha.numel(), buckets, out.data_ptr(),
+            alpha.data_ptr(), beta.data_ptr(), seed.data_ptr(), position.data_ptr(), alpha.numel(),
+            buckets, out.data_ptr(), stream=stream,
         )  # fmt: skip
     return out
+
+
+def thompson_draft_length_cpu(
+    alpha: Tensor,
+    beta: Tensor,
+    cap: Tensor,
+    rule: int,
+    costs: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: int | None = None,
+) -> Tensor:
+    """The dtypes of the public function; alpha, beta `[B]`, or `[B, buckets]` if calibrated."""
+    alpha, beta, cap, costs = (
+        alpha.contiguous(),
+        beta.contiguous(),
+        cap.contiguous(),
+        costs.contiguous(),
+    )
+    seed, position = seed.contiguous(), position.contiguous()
+    length = torch.empty_like(cap)
+    _C.thompson_draft_length(
+        alpha.data_ptr(), beta.data_ptr(), cap.data_ptr(), rule, costs.data_ptr(), seed.data_ptr(),
+        position.data_ptr(), cap.shape[0], alpha.shape[1] if alpha.dim() == 2 else 1,
+        costs.shape[0], length.data_ptr(), stream,
+    )  # fmt: skip
+    return length
+
+
+def _copy_back(written: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
+    """Strided outputs were written as contiguous copies."""
+    for copy, output in zip(written, outputs, strict=True):
+        if copy.data_ptr() != output.data_ptr():
+            output.copy_(copy)
+
+
+def thompson_look_cpu(
+    alpha: Tensor,
+    beta: Tensor,
+    cap: Tensor,
+    costs: Tensor,
+    exit_cost: float,
+    seed: Tensor,
+    position: Tensor,
+    step: int,
+    top_prob: Tensor,
+    length: Tensor,
+    bucket: Tensor,
+    run: Tensor,
+    looking: Tensor,
+    stream: int | None = None,
+) -> None:
+    """The dtypes and shapes of the public function."""
+    alpha, beta, cap, costs = (
+        alpha.contiguous(),
+        beta.contiguous(),
+        cap.contiguous(),
+        costs.contiguous(),
+    )
+    seed, position, top_prob = seed.contiguous(), position.contiguous(), top_prob.contiguous()
+    outputs = length, bucket, run, looking
+    written = [x.contiguous() for x in outputs]
+    addresses = [x.data_ptr() for x in written]
+    _C.thompson_look(
+        alpha.data_ptr(), beta.data_ptr(), cap.data_ptr(), costs.data_ptr(), exit_cost,
+        seed.data_ptr(), position.data_ptr(), top_prob.data_ptr(), alpha.shape[0], alpha.shape[1],
+        costs.shape[0], step, addresses[0], addresses[1], addresses[2], addresses[3], stream,
+    )  # fmt: skip
+    _copy_back(written, outputs)
+
+
+def thompson_update_cpu(
+    alpha: Tensor,
+    beta: Tensor,
+    prior_alpha: Tensor,
+    prior_beta: Tensor,
+    drafted: Tensor,
+    accepted: Tensor,
+    discount: float,
+    bucket: Tensor | None = None,
+    stream: int | None = None,
+) -> None:
+    """The dtypes and shapes of the public function."""
+    prior_alpha, prior_beta = prior_alpha.contiguous(), prior_beta.contiguous()
+    drafted, accepted = drafted.contiguous(), accepted.contiguous()
+    bucket = None if bucket is None else bucket.contiguous()
+    outputs = alpha, beta
+    written = [x.contiguous() for x in outputs]
+    _C.thompson_update(
+        written[0].data_ptr(), written[1].data_ptr(), prior_alpha.data_ptr(), prior_beta.data_ptr(),
+        drafted.data_ptr(), accepted.data_ptr(), _address(bucket), drafted.shape[0],
+        1 if bucket is None else alpha.shape[1], 0 if bucket is None else bucket.shape[1],
+        discount, stream,
+    )  # fmt: skip
+    _copy_back(written, outputs)
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
@@ -137,8 +238,12 @@ def tree_attention_cpu(
     num_rows: Tensor,
     scale: float,
     ancestry: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
 ) -> Tensor | None:
-    """q `[B, T, Hq, D]` float32 over a float32 cache."""
+    """q `[B, T, Hq, D]` float32 over a float32 contiguous cache, without a window."""
+    if block_table is not None or window is not None:
+        return None
     plain = _cache_is_plain(k_cache) and _cache_is_plain(v_cache)
     same = k_cache.stride(0) == v_cache.stride(0)
     if not (plain and same) or q.dtype is not torch.float32:
@@ -201,18 +306,26 @@ def sample_draft_cpu(
 
 
 def verify_linear_cpu(
-    target_logits: Tensor, draft_ids: Tensor, draft_length: Tensor, q_ids: Tensor, *rest: Tensor
+    target_logits: Tensor,
+    draft_ids: Tensor,
+    draft_length: Tensor,
+    q_ids: Tensor | None,
+    q_probs: Tensor | None,
+    law: Tensor,
+    *rest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The public function's arguments, float32 logits; the rest by name in `eesd/verify.h`."""
-    if target_logits.dtype is not torch.float32:
+    """Float32 logits, sparse q and no block rows; the rest by name in `eesd/verify.h`."""
+    if target_logits.dtype is not torch.float32 or q_ids is None or q_probs is None:
         return None
-    tensors = [t.contiguous() for t in (target_logits, draft_ids, draft_length, q_ids, *rest)]
+    if bool((law == Law.BLOCK).any()):
+        return None
+    given = (target_logits, draft_ids, draft_length, q_ids, q_probs, law, *rest)
+    tensors = [t.contiguous() for t in given]  # kept: their addresses are used below
     batch, width, vocab = target_logits.shape
     num_accepted = torch.empty(batch, dtype=torch.int32)
     token_ids = torch.empty(batch, width, dtype=torch.int32)
     status = torch.empty(batch, dtype=torch.int32)
-    _C.verify_linear(
-        *(t.data_ptr() for t in tensors), batch, width - 1, vocab, q_ids.shape[2],
-        num_accepted.data_ptr(), token_ids.data_ptr(), status.data_ptr(),
-    )  # fmt: skip
+    sizes = (batch, width - 1, vocab, q_ids.shape[2])
+    results = (num_accepted, token_ids, status)
+    _C.verify_linear(*[*map(_address, tensors), *sizes, *map(_address, results)])
     return num_accepted, token_ids, status

@@ -21,10 +21,12 @@ def register(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
+    cuda_is: str = "Triton",
 ) -> Callable[..., Any]:
     """Define `eesd::<op>` and return the overload that callers invoke.
 
-    The reference serves every device for which no faster implementation is given.
+    The reference serves every device for which no faster implementation is given. `cuda_is` says
+    what `cuda` is made of: "Triton", or "CUDA" where it is of `eesd_kernels._cuda`.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -33,7 +35,7 @@ def register(
     torch.library.register_fake(f"eesd::{name}", fake, lib=_LIBRARY)
     _IMPLEMENTATIONS[name] = {
         "cpu": "C++" if cpu else "PyTorch reference",
-        "cuda": "Triton" if cuda else "PyTorch reference",
+        "cuda": cuda_is if cuda else "PyTorch reference",
     }
     return getattr(torch.ops.eesd, name).default
 

@@ -37,3 +37,6 @@ class Rule(IntEnum):
     BERNOULLI = 0
     COST = 1
     CONSTANT = 2
+    CALIBRATED = 3
+    """A posterior a bucket of the exit's top probability: planned here, decided by `thompson_look`
+    step by step."""

@@ -1,18 +1,17 @@
 """Draft lengths of a batch from Beta posteriors by Thompson sampling, one call a round.
 
-alpha, beta `[B]` float32; a table of what a round of each draft length costs; a cap a sequence.
-The rules stand in `reference/thompson_draft_length.py` and in `Rule`. Moves a few numbers a
-sequence: its price is its launch.
+alpha, beta `[B]` float32 (`[B, buckets]` if calibrated); a table of what a round of each draft
+length costs; a cap a sequence. The rules stand in `reference/thompson_draft_length.py` and in
+`Rule`. CPU and CUDA give the same lengths. Moves a few numbers a sequence: its price is its launch.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import Checks
-from eesd_kernels._cpu import philox_words_cpu, sample_beta_cpu
+from eesd_kernels._cpu import thompson_draft_length_cpu
+from eesd_kernels._cuda import thompson_draft_length_cuda
 from eesd_kernels._library import register
 from eesd_kernels.laws import Rule
 
@@ -20,9 +19,13 @@ thompson_draft_length_op = register(
     "thompson_draft_length(Tensor alpha, Tensor beta, Tensor cap, int rule, Tensor costs,"
     " Tensor seed, Tensor position) -> Tensor",
     reference=reference.thompson_draft_length,
-    cpu=partial(reference.thompson_draft_length, draw=sample_beta_cpu, words=philox_words_cpu),
+    cpu=thompson_draft_length_cpu,
+    cuda=thompson_draft_length_cuda,
+    cuda_is="CUDA",
     fake=lambda alpha, beta, cap, *_: cap.new_empty(cap.shape),
 )
+
+_RULES = frozenset(Rule)
 
 
 def thompson_draft_length(
@@ -37,30 +40,37 @@ def thompson_draft_length(
     """Choose each sequence's draft length.
 
     Args:
-        alpha, beta: `[B]` float32, posterior of the chance that a draft token is accepted.
+        alpha, beta: float32, posterior of the chance that a draft token is accepted: `[B]`, or
+            `[B, buckets]` with the calibrated rule.
         cap: `[B]` int32, longest draft allowed; -1 takes a sequence out of the round.
         rule: see `Rule`.
-        costs: `[K+1]` float32, cost of a round of draft length 0 to K, in any unit; K is at
-            least the largest cap. Read by the cost rule.
+        costs: `[K+1]` float32 above 0, cost of a round of draft length 0 to K, in any unit; K is
+            at least the largest cap (on CUDA a larger cap counts as K). Read by cost and
+            calibrated.
         seed: `[B]` int64. position: `[B]` int32, cached tokens when the round begins.
 
     Returns:
-        `[B]` int32 draft lengths, 0 to cap.
+        `[B]` int32 draft lengths, 0 to cap; 0 for a sequence out of the round or with a
+        posterior that is not positive and finite (constant reads no posterior).
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype, device or range.
     """
     check = Checks("thompson_draft_length")
-    check.tensor("alpha", alpha, ("B",), torch.float32)
-    check.tensor("beta", beta, ("B",), torch.float32)
+    if rule not in _RULES:
+        names = ", ".join(f"{r.value} ({r.name.lower()})" for r in Rule)
+        raise ValueError(f"thompson_draft_length: rule: expected {names}, got {rule}")
+    shape = ("B", "buckets") if rule == Rule.CALIBRATED else ("B",)
+    check.tensor("alpha", alpha, shape, torch.float32)
+    check.tensor("beta", beta, shape, torch.float32)
     check.tensor("cap", cap, ("B",), torch.int32)
     check.tensor("costs", costs, ("K+1",), torch.float32)
     check.tensor("seed", seed, ("B",), torch.int64)
     check.tensor("position", position, ("B",), torch.int32)
-    if rule not in tuple(Rule):
-        names = ", ".join(f"{r.value} ({r.name.lower()})" for r in Rule)
-        raise ValueError(f"thompson_draft_length: rule: expected {names}, got {rule}")
-    if cap.device.type == "cpu" and bool((cap >= costs.shape[0]).any()):
+    check.size("K+1", 1)
+    if rule == Rule.CALIBRATED:
+        check.size("buckets", 1)
+    if cap.device.type == "cpu" and cap.numel() and int(cap.max()) >= costs.shape[0]:
         raise ValueError(
             f"thompson_draft_length: costs: expected at least {int(cap.max()) + 1} entries "
             f"(largest cap {int(cap.max())}), got {costs.shape[0]}"

@@ -3,37 +3,44 @@
 Rejection sampling with the residual draw in one op, from logits `[B, K+1, V]` to token ids; the
 equations stand in `reference/verify_linear.py`. Text that comes out has exactly the target's law.
 Reads each live row of logits, `4 (l + 1) V` bytes in float32, and that bounds it. Draft laws are
-sparse (`q_ids`, `q_probs` from `sample_draft`).
+sparse (`q_ids`, `q_probs` from `sample_draft`), dense, or absent.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
-from eesd_kernels._cpu import verify_linear_cpu
+from eesd_kernels._cpu import philox_words_cpu, verify_linear_cpu
 from eesd_kernels._library import register
 from eesd_kernels.laws import Law
 
+# The same words, bit for bit, from C++.
+_slow = partial(reference.verify_linear, words=philox_words_cpu)
 
-def _cpu(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = verify_linear_cpu(*args)
-    return reference.verify_linear(*args) if out is None else out
+    return _slow(*args) if out is None else out
 
 
-def _fake(target_logits: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    target_logits: Tensor, draft_ids: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, width, _vocab = target_logits.shape
-    like = target_logits
     return (
-        like.new_empty(batch, dtype=torch.int32),
-        like.new_empty(batch, width, dtype=torch.int32),
-        like.new_empty(batch, dtype=torch.int32),
+        draft_ids.new_empty(batch),
+        draft_ids.new_empty(batch, width),
+        draft_ids.new_empty(batch),
     )
 
 
 verify_linear_op = register(
-    "verify_linear(Tensor target_logits, Tensor draft_ids, Tensor draft_length, Tensor q_ids,"
-    " Tensor q_probs, Tensor law, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,"
+    "verify_linear(Tensor target_logits, Tensor draft_ids, Tensor draft_length, Tensor? q_ids,"
+    " Tensor? q_probs, Tensor law, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,"
     " Tensor seed, Tensor position, Tensor base) -> (Tensor, Tensor, Tensor)",
     reference=reference.verify_linear,
     cpu=_cpu,
@@ -41,12 +48,63 @@ verify_linear_op = register(
 )
 
 
+def check_sampling(
+    check: Checks,
+    rows: str | int,
+    vocab: int,
+    q_ids: Tensor | None,
+    q_probs: Tensor | None,
+    law: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+) -> None:
+    """The arguments that both verifiers share: the draft law in its three forms, and `[B]` each."""
+    if q_probs is None:
+        if q_ids is not None:
+            raise ValueError(f"{check.op}: q_probs: expected a tensor beside q_ids, got None")
+    elif q_ids is None:
+        check.tensor("q_probs", q_probs, ("B", rows, vocab), torch.float32)
+    else:
+        check.tensor("q_ids", q_ids, ("B", rows, "k"), torch.int32)
+        check.tensor("q_probs", q_probs, ("B", rows, "k"), torch.float32)
+    for name, value, dtype in (
+        ("law", law, torch.int32),
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int32),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("seed", seed, torch.int64),
+        ("position", position, torch.int32),
+        ("base", base, torch.int32),
+    ):
+        check.tensor(name, value, ("B",), dtype)
+    if law.device.type != "cpu":
+        return
+    if bool(((law < min(Law)) | (law > max(Law))).any()):
+        raise ValueError(
+            f"{check.op}: law: expected {int(min(Law))} to {int(max(Law))}, got {law.tolist()}"
+        )
+    if q_ids is not None and bool((q_ids >= vocab).any()):
+        raise ValueError(f"{check.op}: q_ids: expected ids below V = {vocab}")
+    drawn = ((law == Law.SAMPLED) | (law == Law.BLOCK)) & (temperature > 0)
+    if q_probs is None and bool(drawn.any()):
+        raise ValueError(
+            f"{check.op}: q_probs: expected the draft law for rows of law SAMPLED or BLOCK, "
+            "got None"
+        )
+
+
 def verify_linear(
     target_logits: Tensor,
     draft_ids: Tensor,
     draft_length: Tensor,
-    q_ids: Tensor,
-    q_probs: Tensor,
+    q_ids: Tensor | None,
+    q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -62,9 +120,10 @@ def verify_linear(
         target_logits: `[B, K+1, V]` floating; row j is the target's law of the token at
             `position + j + 1`.
         draft_ids: `[B, K]` int32. draft_length: `[B]` int32, 0 to K: the rest is padding.
-        q_ids, q_probs: `[B, K, k]` int32 and float32, the law each draft token was drawn from
-            (`sample_draft`); ids of -1 are padding. Read for the sampled law alone.
-        law: `[B]` int32, see `Law`; `BLOCK` is not taken yet.
+        q_ids, q_probs: the law each draft token was drawn from, read for `SAMPLED` and `BLOCK`:
+            sparse (`[B, K, k]` int32 and float32, from `sample_draft`, ids distinct or -1), dense
+            (None and `[B, K, V]`), or both None where no row's law is one of these.
+        law: `[B]` int32, see `Law`.
         temperature: `[B]` float32; 0 is greedy.
         top_k: `[B]` int32, 0 is off. top_p: `[B]` float32, 1 is off. min_p: `[B]` float32, 0 is
             off. Ties at a threshold are kept.
@@ -80,29 +139,20 @@ def verify_linear(
     """
     check = Checks("verify_linear")
     check.tensor("target_logits", target_logits, ("B", "K+1", "V"), FLOATING)
-    drafts = target_logits.shape[1] - 1
+    drafts, vocab = target_logits.shape[1] - 1, target_logits.shape[2]
     check.tensor("draft_ids", draft_ids, ("B", drafts), torch.int32)
     check.tensor("draft_length", draft_length, ("B",), torch.int32)
-    check.tensor("q_ids", q_ids, ("B", drafts, "k"), torch.int32)
-    check.tensor("q_probs", q_probs, ("B", drafts, "k"), torch.float32)
-    check.tensor("law", law, ("B",), torch.int32)
-    check.tensor("temperature", temperature, ("B",), torch.float32)
-    check.tensor("top_k", top_k, ("B",), torch.int32)
-    check.tensor("top_p", top_p, ("B",), torch.float32)
-    check.tensor("min_p", min_p, ("B",), torch.float32)
-    check.tensor("seed", seed, ("B",), torch.int64)
-    check.tensor("position", position, ("B",), torch.int32)
-    check.tensor("base", base, ("B",), torch.int32)
+    check_sampling(
+        check, drafts, vocab, q_ids, q_probs, law, temperature, top_k, top_p, min_p, seed,
+        position, base,
+    )  # fmt: skip
     if target_logits.device.type == "cpu":  # values are free to look at there
-        if bool((law == Law.BLOCK).any()):
-            raise ValueError("verify_linear: law: block verification is not implemented yet")
         if bool(((draft_length < 0) | (draft_length > drafts)).any()):
             raise ValueError(
                 f"verify_linear: draft_length: expected 0 to {drafts}, got {draft_length.tolist()}"
             )
-        vocab = target_logits.shape[2]
-        if bool((draft_ids >= vocab).any()) or bool((q_ids >= vocab).any()):
-            raise ValueError(f"verify_linear: draft_ids, q_ids: expected ids below V = {vocab}")
+        if bool((draft_ids >= vocab).any()):
+            raise ValueError(f"verify_linear: draft_ids: expected ids below V = {vocab}")
     return verify_linear_op(
         target_logits, draft_ids, draft_length, q_ids, q_probs, law,
         temperature, top_k, top_p, min_p, seed, position, base,

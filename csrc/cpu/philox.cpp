@@ -1,14 +1,14 @@
 #include "eesd/philox.h"
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "eesd/random.h"
 
 eesd_status eesd_philox_words_cpu(const eesd_philox_words_params* params) {
   if (!params) return EESD_ERROR_NULL_POINTER;
   const eesd_philox_words_params& p = *params;
-  if (p.rows < 0 || p.n < 0) return EESD_ERROR_SIZE;
-  if (p.rows == 0 || p.n == 0) return EESD_OK;
-  if (!p.seed || !p.position || !p.base || !p.out) return EESD_ERROR_NULL_POINTER;
+  const eesd_status status = eesd::check_params(p);
+  if (status != EESD_OK || p.n == 0) return status;
 
   const auto& kernels = eesd::cpu::kernels();
   for (int64_t r = 0; r < p.rows; ++r) {

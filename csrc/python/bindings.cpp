@@ -1,11 +1,13 @@
 // eesd_kernels._C: the library over integer addresses (`tensor.data_ptr()`), so that it needs
 // neither torch's headers nor its ABI. Checks shapes and dtypes nowhere: its callers do.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "eesd/eesd.h"
 
@@ -40,8 +42,27 @@ void call(eesd_status (*function)(const Params*), const Params& params, bool rel
   check(status, what);
 }
 
+#if defined(EESD_WITH_CUDA)
+#define EESD_CUDA(function) function
+constexpr bool kWithCuda = true;
+#else
+#define EESD_CUDA(function) nullptr
+constexpr bool kWithCuda = false;
+#endif
+
+// stream None: host pointers. Else the address of a cudaStream_t of the current device.
+template <class Params>
+void call_on(std::optional<uintptr_t> stream, eesd_status (*on_cpu)(const Params*),
+             std::common_type_t<eesd_status (*)(const Params*, void*)> on_cuda,
+             const Params& params, bool release, const char* what) {
+  if (!stream) return call(on_cpu, params, release, what);
+  if (!on_cuda) throw py::value_error(std::string(what) + ": stream: built without CUDA");
+  check(on_cuda(&params, pointer<void>(*stream)), what);
+}
+
 void philox_words(uintptr_t seed, uintptr_t position, uintptr_t base, uint32_t purpose,
-                  int64_t rows, int64_t n, uintptr_t out, uintptr_t ids, uintptr_t parent) {
+                  int64_t rows, int64_t n, uintptr_t out, uintptr_t ids, uintptr_t parent,
+                  std::optional<uintptr_t> stream) {
   eesd_philox_words_params p{};
   p.seed = pointer<const int64_t>(seed);
   p.position = pointer<const int32_t>(position);
@@ -52,11 +73,13 @@ void philox_words(uintptr_t seed, uintptr_t position, uintptr_t base, uint32_t p
   p.rows = rows;
   p.n = n;
   p.out = pointer<uint32_t>(out);
-  call(eesd_philox_words_cpu, p, n > 4096 || rows > 4096, "philox_words");
+  call_on(stream, eesd_philox_words_cpu, EESD_CUDA(eesd_philox_words_cuda), p,
+          n > 4096 || rows > 4096, "philox_words");
 }
 
 void sample_beta(uintptr_t alpha, uintptr_t beta, uintptr_t seed, uintptr_t position, int64_t n,
-                 int64_t buckets, uintptr_t out, uintptr_t status) {
+                 int64_t buckets, uintptr_t out, uintptr_t status,
+                 std::optional<uintptr_t> stream) {
   eesd_sample_beta_params p{};
   p.alpha = pointer<const float>(alpha);
   p.beta = pointer<const float>(beta);
@@ -66,7 +89,74 @@ void sample_beta(uintptr_t alpha, uintptr_t beta, uintptr_t seed, uintptr_t posi
   p.buckets = buckets;
   p.out = pointer<float>(out);
   p.status = pointer<int32_t>(status);
-  call(eesd_sample_beta_cpu, p, n > 256, "sample_beta");
+  call_on(stream, eesd_sample_beta_cpu, EESD_CUDA(eesd_sample_beta_cuda), p, n > 256,
+          "sample_beta");
+}
+
+void thompson_draft_length(uintptr_t alpha, uintptr_t beta, uintptr_t cap, int32_t rule,
+                           uintptr_t costs, uintptr_t seed, uintptr_t position, int64_t batch,
+                           int64_t buckets, int64_t num_costs, uintptr_t length,
+                           std::optional<uintptr_t> stream) {
+  eesd_thompson_draft_length_params p{};
+  p.alpha = pointer<const float>(alpha);
+  p.beta = pointer<const float>(beta);
+  p.cap = pointer<const int32_t>(cap);
+  p.costs = pointer<const float>(costs);
+  p.seed = pointer<const int64_t>(seed);
+  p.position = pointer<const int32_t>(position);
+  p.batch = batch;
+  p.buckets = buckets;
+  p.num_costs = num_costs;
+  p.rule = rule;
+  p.length = pointer<int32_t>(length);
+  call_on(stream, eesd_thompson_draft_length_cpu, EESD_CUDA(eesd_thompson_draft_length_cuda), p,
+          batch > 256, "thompson_draft_length");
+}
+
+void thompson_look(uintptr_t alpha, uintptr_t beta, uintptr_t cap, uintptr_t costs,
+                   double exit_cost, uintptr_t seed, uintptr_t position, uintptr_t top_prob,
+                   int64_t batch, int64_t buckets, int64_t num_costs, int64_t step,
+                   uintptr_t length, uintptr_t bucket, uintptr_t run, uintptr_t looking,
+                   std::optional<uintptr_t> stream) {
+  eesd_thompson_look_params p{};
+  p.alpha = pointer<const float>(alpha);
+  p.beta = pointer<const float>(beta);
+  p.cap = pointer<const int32_t>(cap);
+  p.costs = pointer<const float>(costs);
+  p.exit_cost = exit_cost;
+  p.seed = pointer<const int64_t>(seed);
+  p.position = pointer<const int32_t>(position);
+  p.top_prob = pointer<const float>(top_prob);
+  p.batch = batch;
+  p.buckets = buckets;
+  p.num_costs = num_costs;
+  p.step = step;
+  p.length = pointer<int32_t>(length);
+  p.bucket = pointer<int32_t>(bucket);
+  p.run = pointer<float>(run);
+  p.looking = pointer<int32_t>(looking);
+  call_on(stream, eesd_thompson_look_cpu, EESD_CUDA(eesd_thompson_look_cuda), p, batch > 256,
+          "thompson_look");
+}
+
+void thompson_update(uintptr_t alpha, uintptr_t beta, uintptr_t prior_alpha, uintptr_t prior_beta,
+                     uintptr_t drafted, uintptr_t accepted, uintptr_t bucket, int64_t batch,
+                     int64_t buckets, int64_t max_draft, double discount,
+                     std::optional<uintptr_t> stream) {
+  eesd_thompson_update_params p{};
+  p.alpha = pointer<float>(alpha);
+  p.beta = pointer<float>(beta);
+  p.prior_alpha = pointer<const float>(prior_alpha);
+  p.prior_beta = pointer<const float>(prior_beta);
+  p.drafted = pointer<const int32_t>(drafted);
+  p.accepted = pointer<const int32_t>(accepted);
+  p.bucket = pointer<const int32_t>(bucket);
+  p.batch = batch;
+  p.buckets = buckets;
+  p.max_draft = max_draft;
+  p.discount = static_cast<float>(discount);
+  call_on(stream, eesd_thompson_update_cpu, EESD_CUDA(eesd_thompson_update_cuda), p, batch > 256,
+          "thompson_update");
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows, int64_t in_features,
@@ -229,14 +319,17 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The eesd C++ library over raw addresses; see csrc/include/eesd for the contracts.";
   m.def("philox_words", &philox_words, py::arg("seed"), py::arg("position"), py::arg("base"),
         py::arg("purpose"), py::arg("rows"), py::arg("n"), py::arg("out"), py::kw_only(),
-        py::arg("ids") = 0, py::arg("parent") = 0,
+        py::arg("ids") = 0, py::arg("parent") = 0, py::arg("stream") = py::none(),
         "Philox words uint32 [rows, n]: seed int64 [rows], position, base, parent int32 [rows], "
         "ids int32 [rows, n]; 0 for a null pointer.");
   m.def("sample_beta", &sample_beta, py::arg("alpha"), py::arg("beta"), py::arg("seed"),
         py::arg("position"), py::arg("n"), py::arg("buckets"), py::arg("out"), py::kw_only(),
-        py::arg("status") = 0,
+        py::arg("status") = 0, py::arg("stream") = py::none(),
         "Beta samples float32 [n]: alpha, beta float32 [n], seed int64 and position int32 "
         "[n / buckets], status int32 [n] or 0.");
+  m.def("thompson_draft_length", &thompson_draft_length, "See eesd/thompson.h.");
+  m.def("thompson_look", &thompson_look, "See eesd/thompson.h.");
+  m.def("thompson_update", &thompson_update, "See eesd/thompson.h; 0 for a null bucket.");
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("rows"),
         py::arg("in_features"), py::arg("out_features"), py::kw_only(), py::arg("bf16"),
         py::arg("residual") = 0, py::arg("x_stride") = 0, py::arg("out_stride") = 0,
@@ -262,4 +355,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_num_threads", &eesd_get_num_threads);
   m.def("isa", &eesd_cpu_isa, "The CPU instruction set in use: avx512, avx2 or generic.");
   m.def("version", &eesd_version);
+  m.attr("with_cuda") = kWithCuda;
 }

@@ -12,6 +12,7 @@ ids, r the target's mass left on those ids, o its mass outside them, `s = sum r 
 Where no child is accepted the token is drawn from r and o as they then stand.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +44,27 @@ class NodeWalk:
             self.r = [max(a - s * b / total, 0 * a) for a, b in zip(self.r, self.w, strict=True)]
             self.w[child] = 0 * self.w[child]
         self.r[child] = 0 * self.r[child]
+
+
+def offer(
+    walk: NodeWalk,
+    ids: Sequence[int],
+    children: Sequence[int],
+    uniform: Callable[[int], Number],
+) -> int | None:
+    """Offer the children in the order drawn: the accepted one's place among them, or None.
+
+    `ids` are the k ids of the walk; `uniform(sibling)` tests the child at that place. A child that
+    the law cannot have drawn then is passed over and takes nothing from r: one outside the ids, a
+    second copy of a token, or any child of a law without weight left.
+    """
+    offered: set[int] = set()
+    for sibling, token in enumerate(children):
+        if token in offered or token not in ids or sum(walk.w) == 0:
+            continue
+        offered.add(token)
+        child = ids.index(token)
+        if walk.accepts(child, uniform(sibling)):
+            return sibling
+        walk.reject(child)
+    return None

@@ -7,6 +7,9 @@ expected of a round of draft length l, which costs `C(l)`:
 - bernoulli: after each token theta is drawn afresh and drafting goes on with that probability
   (our reading of Liu et al. 2024).
 - constant: the cap.
+- calibrated: cost on the marginal posterior, all buckets of a row pooled.
+
+A row with a posterior that is not positive and finite drafts nothing and has no part in L.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,22 @@ from torch import Tensor
 from eesd_kernels.laws import Purpose, Rule
 from eesd_kernels.reference.philox import accept_uniform, philox_words
 from eesd_kernels.reference.sample_beta import sample_beta
+
+
+def with_pooled(posterior: Tensor) -> Tensor:
+    """`[B, buckets]` and, in one column more, their sum: the marginal posterior."""
+    pooled = posterior.double().sum(1, keepdim=True).float()
+    return torch.cat((posterior, pooled), 1)
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    """float64 `[B, n]` to `[n]` in the order of the kernels: 32 lanes, joined by a halving tree."""
+    lanes = x.new_zeros(32, x.shape[1])
+    for b, row in enumerate(x):
+        lanes[b % 32] += row
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return lanes[0]
 
 
 def thompson_draft_length(
@@ -31,7 +50,7 @@ def thompson_draft_length(
     words: Callable[..., Tensor] = philox_words,
 ) -> Tensor:
     live = cap >= 0
-    cap = cap.clamp(min=0)
+    cap = cap.clamp(0, costs.shape[0] - 1)
     longest = int(cap.max()) if cap.numel() else 0
     length = torch.arange(longest + 1, device=cap.device)
     if rule == Rule.CONSTANT or longest == 0:
@@ -42,8 +61,14 @@ def thompson_draft_length(
         coins = words(seed, position, torch.zeros_like(position), Purpose.PLAN, 4 * length[:-1])
         goes_on = accept_uniform(coins) < theta
         return torch.minimum(goes_on.cumprod(1).sum(1), cap).to(torch.int32)
-    theta = draw(alpha, beta, seed, position).double()
-    expected = (theta[:, None] ** length).cumsum(1)  # [B, longest + 1]: E_b(l)
+    if rule == Rule.CALIBRATED:
+        theta = draw(with_pooled(alpha), with_pooled(beta), seed, position)[:, -1].double()
+    else:
+        theta = draw(alpha, beta, seed, position).double()
+    live = live & theta.isfinite()
+    powers = torch.ones(len(theta), longest + 1, dtype=torch.float64, device=cap.device)
+    powers[:, 1:] = theta.nan_to_num()[:, None]
+    expected = powers.cumprod(1).cumsum(1)  # E_b(l)
     expected = expected.gather(1, torch.minimum(length, cap[:, None]).long())
-    gain = (expected * live[:, None]).sum(0) / costs[: longest + 1].double()
-    return torch.minimum(cap, gain.argmax()).to(torch.int32)
+    gain = sum_of_rows(expected * live[:, None]) / costs[: longest + 1].double()
+    return (torch.minimum(cap, gain.argmax()) * live).to(torch.int32)

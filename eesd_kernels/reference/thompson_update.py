@@ -1,8 +1,9 @@
 """Fold a round's outcome into the posterior, in place.
 
 With m accepted of l drafted, the trials after the first rejection are unobserved:
-`alpha = a0 + g (alpha - a0) + m`, `beta = b0 + g (beta - b0) + [m < l]`. Rows with a negative l
-took no part in the round and stay as they are.
+`alpha = a0 + g (alpha - a0) + m`, `beta = b0 + g (beta - b0) + [m < l]`. With a posterior a
+bucket, each of the tokens 1..m succeeds in its own bucket and token m + 1 fails in its. Rows with
+a negative l took no part in the round and stay as they are.
 """
 
 import torch
@@ -17,9 +18,16 @@ def thompson_update(
     drafted: Tensor,
     accepted: Tensor,
     discount: float,
+    bucket: Tensor | None = None,
 ) -> None:
-    live = drafted >= 0
-    new_alpha = prior_alpha + discount * (alpha - prior_alpha) + accepted
-    new_beta = prior_beta + discount * (beta - prior_beta) + (accepted < drafted)
+    live, successes, failures = drafted >= 0, accepted, accepted < drafted
+    if bucket is not None:
+        token = torch.arange(bucket.shape[1], device=bucket.device)
+        own = bucket[:, :, None] == torch.arange(alpha.shape[1], device=bucket.device)
+        successes = (own & (token < accepted[:, None])[..., None]).sum(1)
+        failures = (own & ((token == accepted[:, None]) & failures[:, None])[..., None]).sum(1)
+        live = live[:, None]
+    new_alpha = prior_alpha + discount * (alpha - prior_alpha) + successes
+    new_beta = prior_beta + discount * (beta - prior_beta) + failures
     alpha.copy_(torch.where(live, new_alpha, alpha))
     beta.copy_(torch.where(live, new_beta, beta))

@@ -3,72 +3,90 @@
 Row j of the target logits gives the law p of the token at `position + j + 1`; draft token
 `t = draft_ids[j]` was drawn for that place by law q. With u uniform in [0, 1):
 
-- sampled, deterministic: `NodeWalk` of `acceptance.py` with one child: accept iff `u q(t) < p(t)`
+- sampled, deterministic: `acceptance.py` with one child: accept iff `u q(t) < p(t)`
   (`u < p(t)`); on rejection draw from `max(p - q, 0)` (p without t).
 - coupled: the token is the winner of the race over p; accept iff t is that token.
+- block: `block.py`; token i is tested with the noise at `position + i`, the token after m accepted
+  ones races at `position + m + 1`. It reads the rows up to the first draft token of no target mass.
 - temperature 0: the token is the argmax (lowest id of equals); accept iff t is that token.
+
+Without q, sampled and block rows go by the deterministic rule, which is exact for any draft and
+accepts less. A draft token that its law cannot have drawn is rejected and takes nothing from p.
 
 The walk stops at the first rejection; a fully accepted draft earns a bonus token from the next
 row. A draw is a race, `argmin E_x / r(x)`. A bad row that the walk reaches sets the status.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eesd_kernels.laws import Law, Purpose
-from eesd_kernels.reference.acceptance import NodeWalk
-from eesd_kernels.reference.philox import accept_uniform, philox_words, race_exponential
-from eesd_kernels.reference.target_law import target_law
+from eesd_kernels.laws import Law
+from eesd_kernels.reference.block import BlockWalk
+from eesd_kernels.reference.philox import philox_words
+from eesd_kernels.reference.verify_node import (
+    Noise,
+    Settings,
+    SparseLaw,
+    draft_law,
+    draw,
+    visit,
+)
 
 
-class Noise(NamedTuple):
-    """The random words of one place: seed, position and base `[1]`, and where words come from."""
-
-    seed: Tensor
-    position: Tensor
-    base: Tensor
-    words: Callable[..., Tensor]
-
-    def race(self, weights: Tensor) -> int:
-        """`argmin E_x / w(x)` with the target's noise."""
-        words = self.words(self.seed, self.position, self.base, Purpose.TARGET, weights.numel())[0]
-        return int((weights.log() - race_exponential(words).log()).argmax())
-
-    def accept(self, sibling: int) -> float:
-        """The uniform that tests a sibling."""
-        # Word 0 of the call whose index is the sibling.
-        ids = torch.tensor([4 * sibling], device=self.seed.device)
-        words = self.words(self.seed, self.position, self.base, Purpose.ACCEPT, ids)
-        return float(accept_uniform(words))
+def _one_by_one(
+    logits: Tensor, draft: list[int], q: list[SparseLaw | None], settings: Settings, noise: Noise
+) -> list[int]:
+    """The tokens that stand, one more than accepted; none after a bad row."""
+    tokens: list[int] = []
+    for j in range(len(draft) + 1):
+        token, accepted = visit(logits[j], draft[j : j + 1], q[j], settings, noise.after(j))
+        if token < 0:
+            return []
+        tokens.append(token)
+        if accepted is None:
+            break
+    return tokens
 
 
-def _reject_or_draw(
-    p: Tensor, draft: int, ids: list[int], w: list[float], law: int, noise: Noise
-) -> tuple[int, bool]:
-    """Accept one draft token, or draw the token that replaces it."""
-    outside = p.clone()
-    outside[ids] = 0.0
-    walk = NodeWalk(p[ids].tolist(), w, float(outside.sum()), Law(law))
-    if draft in ids:  # a token that its law cannot have drawn is passed over: r stays p
-        child = ids.index(draft)
-        if walk.accepts(child, noise.accept(sibling=0)):
-            return draft, True
-        walk.reject(child)
-    residual = outside
-    residual[ids] = torch.tensor(walk.r, dtype=p.dtype, device=p.device)
-    # A residual without mass can only be rounding: p and q are then equal.
-    return noise.race(residual if float(residual.sum()) > 0 else p), False
+def _as_a_block(
+    logits: Tensor, draft: list[int], q: list[SparseLaw | None], settings: Settings, noise: Noise
+) -> list[int]:
+    """The same, by the block rule."""
+    walk, rows = BlockWalk(), []
+    for j, token in enumerate(draft):
+        law = q[j]
+        assert law is not None
+        ids = list(law.ids)
+        if token not in law.ids or law.w[ids.index(token)] == 0 or walk.stands[-1] == 0:
+            break  # not a draw from q, or nothing stands from here on: the draft ends
+        p = settings.target(logits[j])
+        if p is None:
+            return []
+        outside = p.clone()
+        outside[ids] = 0.0
+        walk.add(p[ids].tolist(), law.w, float(outside.sum()), ids.index(token))
+        rows.append((p, outside, ids))
+    m = walk.accepted(lambda i: noise.after(i - 1).accept(sibling=0))
+    if m < len(rows):
+        p, outside, ids = rows[m]
+        residual = walk.stands[m] * outside
+        residual[ids] = torch.tensor(walk.residual[m], dtype=p.dtype, device=p.device)
+    else:
+        bonus = settings.target(logits[m])
+        if bonus is None:
+            return []
+        p = residual = bonus
+    return [*draft[:m], draw(residual, p, noise.after(m))]
 
 
 def verify_linear(
     target_logits: Tensor,
     draft_ids: Tensor,
     draft_length: Tensor,
-    q_ids: Tensor,
-    q_probs: Tensor,
+    q_ids: Tensor | None,
+    q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -84,39 +102,21 @@ def verify_linear(
     token_ids = torch.full((batch, width), -1, dtype=torch.int32, device=target_logits.device)
     status = torch.zeros_like(num_accepted)
     for b in range(batch):
-        t_b, law_b, length = float(temperature[b]), int(law[b]), int(draft_length[b])
-        coupled = law_b == Law.COUPLED
+        settings = Settings(
+            Law(int(law[b])), float(temperature[b]), int(top_k[b]), float(top_p[b]), float(min_p[b])
+        )
         one = slice(b, b + 1)
-        for j in range(length + 1):
-            row = target_logits[b, j]
-            draft = int(draft_ids[b, j]) if j < length else -1
-            c = torch.zeros_like(base[one]) if coupled else base[one]
-            noise = Noise(seed[one], position[one] + j + 1, c, words)
-            if t_b == 0:
-                top = row.max()
-                token = int((row == top).nonzero()[0]) if bool(top.isfinite()) else -1
-                accepted = token == draft
-            else:
-                p = target_law(row, t_b, int(top_k[b]), float(top_p[b]), float(min_p[b]))
-                token, accepted = -1, False
-                if p is not None and (coupled or draft < 0):
-                    token = noise.race(p)
-                    accepted = token == draft
-                elif p is not None:
-                    ids, w = [draft], [1.0]
-                    if law_b == Law.SAMPLED:
-                        inside = q_ids[b, j] >= 0
-                        ids = q_ids[b, j][inside].tolist()
-                        w = q_probs[b, j][inside].double().tolist()
-                    token, accepted = _reject_or_draw(p, draft, ids, w, law_b, noise)
-            if token < 0:
-                status[b], num_accepted[b] = 1, 0
-                token_ids[b] = -1
-                break
-            token_ids[b, j] = token
-            if not accepted:
-                num_accepted[b] = j
-                break
+        c = torch.zeros_like(base[one]) if settings.law == Law.COUPLED else base[one]
+        noise = Noise(seed[one], position[one], c, words)
+        length = int(draft_length[b])
+        draft = draft_ids[b, :length].tolist()
+        q = [draft_law(q_ids, q_probs, (b, j)) for j in range(length)]
+        block = settings.law == Law.BLOCK and settings.temperature > 0 and q_probs is not None
+        verify = _as_a_block if block else _one_by_one
+        tokens = verify(target_logits[b], draft, [*q, None], settings, noise)
+        if tokens:
+            num_accepted[b] = len(tokens) - 1
+            token_ids[b, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         else:
-            raise AssertionError("the bonus row accepts nothing")
+            status[b] = 1
     return num_accepted, token_ids, status

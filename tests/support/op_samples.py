@@ -91,6 +91,40 @@ def verify_linear() -> dict[str, Any]:
     }
 
 
+def verify_tree() -> dict[str, Any]:
+    batch, nodes, k, vocab = 4, 7, 5, 101
+    logits = torch.randn(batch, nodes, vocab)
+    ids = logits.topk(k).indices.to(torch.int32)
+    parent = torch.tensor([-1, 0, 0, 1, 1, 2, 4], dtype=torch.int32).repeat(batch, 1)
+    node_ids = torch.full((batch, nodes), -1, dtype=torch.int32)
+    for node, sibling in ((1, 0), (2, 1), (3, 0), (4, 1), (5, 0), (6, 0)):
+        node_ids[:, node] = ids[range(batch), parent[:, node], sibling]
+    return {
+        "target_logits": logits,
+        "node_ids": node_ids,
+        "parent": parent,
+        "num_nodes": torch.tensor([7, 1, 5, 7], dtype=torch.int32),
+        "q_ids": ids,
+        "q_probs": torch.rand(batch, nodes, k).softmax(-1),
+        "law": torch.tensor([0, 0, 2, 1], dtype=torch.int32),
+        "temperature": torch.tensor([1.0, 0.7, 1.0, 0.0]),
+        "top_k": torch.tensor([0, 20, 0, 0], dtype=torch.int32),
+        "top_p": torch.tensor([1.0, 0.9, 1.0, 1.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.05, 0.0]),
+        "seed": torch.arange(batch) - 2,
+        "position": _positions(batch),
+        "base": _positions(batch),
+    }
+
+
+def rollback_kv() -> dict[str, Any]:
+    return {
+        "path": torch.tensor([[0, 2, 4, -1], [0, 1, 2, 3], [-1] * 4], dtype=torch.int32),
+        "lengths": torch.tensor([0, 11, 26], dtype=torch.int32),
+        "cache": torch.randn(2, 2, 3, 30, 2, 6),
+    }
+
+
 def sample_beta() -> dict[str, Any]:
     return {
         "alpha": torch.rand(4, 3) * 3 + 0.1,
@@ -109,6 +143,27 @@ def thompson_draft_length() -> dict[str, Any]:
         "costs": torch.linspace(1.0, 1.6, 6),
         "seed": torch.arange(4),
         "position": _positions(4),
+    }
+
+
+def thompson_look() -> dict[str, Any]:
+    """The third of five steps, as the first two may have left it."""
+    bucket = torch.full((4, 5), -1, dtype=torch.int32)
+    bucket[:, :2] = torch.tensor([[2, 1], [0, 1], [2, 2], [-1, -1]], dtype=torch.int32)
+    return {
+        "alpha": torch.rand(4, 3) * 9 + 0.1,
+        "beta": torch.rand(4, 3) * 3 + 0.1,
+        "cap": torch.tensor([5, 3, 5, -1], dtype=torch.int32),
+        "costs": torch.linspace(1.0, 1.6, 6),
+        "exit_cost": 0.05,
+        "seed": torch.arange(4),
+        "position": _positions(4),
+        "step": 3,
+        "top_prob": torch.tensor([0.9, 0.4, 0.1, 0.7]),
+        "length": torch.tensor([2, 2, 2, 0], dtype=torch.int32),
+        "bucket": bucket,
+        "run": torch.tensor([[0.6, 2.4, 0.8]]).repeat(4, 1),
+        "looking": torch.tensor([1, 1, 1, 0], dtype=torch.int32),
     }
 
 
@@ -132,11 +187,14 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         swiglu,
         rope_cache_write,
         tree_attention,
+        rollback_kv,
         exit_topk,
         sample_draft,
         verify_linear,
+        verify_tree,
         sample_beta,
         thompson_draft_length,
+        thompson_look,
         thompson_update,
     )
 }

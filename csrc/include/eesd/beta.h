@@ -133,4 +133,8 @@ typedef struct eesd_sample_beta_params {
 } eesd_sample_beta_params;
 
 eesd_status eesd_sample_beta_cpu(const eesd_sample_beta_params* params);
+
+// Device pointers and a cudaStream_t of the current device; in the library where it was built with
+// CUDA (EESD_WITH_CUDA).
+eesd_status eesd_sample_beta_cuda(const eesd_sample_beta_params* params, void* stream);
 }

@@ -8,5 +8,6 @@
 #include "eesd/philox.h"
 #include "eesd/random.h"
 #include "eesd/status.h"
+#include "eesd/thompson.h"
 #include "eesd/threads.h"
 #include "eesd/verify.h"

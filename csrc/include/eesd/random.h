@@ -27,6 +27,10 @@ typedef struct eesd_philox_words_params {
 
 eesd_status eesd_philox_words_cpu(const eesd_philox_words_params* params);
 
+// Device pointers and a cudaStream_t of the current device; in the library where it was built with
+// CUDA (EESD_WITH_CUDA).
+eesd_status eesd_philox_words_cuda(const eesd_philox_words_params* params, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
