@@ -1,8 +1,9 @@
 """The main job on this machine's CPU: EESD and plain decoding in turn, and transformers.
 
 For each prompt, one after the other in one process: plain decoding and EESD in the same engine
-(same ops, same cache), and transformers' own `generate` on the same folder. Times are whole calls
-with prefill; a row's speeds are medians over prompts, its speed-up the median of the prompts'
+(same ops, same cache), and transformers' own `generate` on the same folder, in float32 (it has no
+float32 arithmetic over bfloat16 weights). Times are the fastest of some whole
+calls with prefill; a row's speeds are medians over prompts, its speed-up the median of the prompts'
 ratios. Token counts come from ids.
 """
 
@@ -18,6 +19,7 @@ import eesd
 from bench.prompts import add_data_argument, load_prompts
 from bench.results import write_results
 from eesd.generation_config import GenerationConfig
+from eesd_kernels import _C
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def measure(
                         max_new_tokens=new_tokens,
                         do_sample=False,
                     ),
-                    1,
+                    repeats,
                 )
         if number == 0:
             continue
@@ -109,6 +111,8 @@ def measure(
         "B": 1,
         "N": head.config.exit_layer if head else None,
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "weights": str(model.backbone.embedding.dtype).removeprefix("torch."),
+        "threads": _C.get_num_threads(),
         "prompts": len(prompts),
         "new_tokens": new_tokens,
         "tokens_per_s": round(statistics.median(eesd_speed), 1),

@@ -27,7 +27,7 @@ def write_results(
 
     Args:
         bench: its name, also the file's.
-        rows: one object a measurement; field names as in README.md beside the results.
+        rows: one object a measurement; field names as in the other files.
         out: folder instead of bench/results.
         on: machine folder; `machine()` unless given (a CPU bench on a GPU machine says cpu).
     """
@@ -69,8 +69,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    threads = torch.get_num_threads()
-    return f"{_proc_model() or platform.processor() or platform.machine()}, {threads} threads"
+    return _proc_model() or platform.processor() or platform.machine()
 
 
 def _proc_model() -> str | None:

@@ -27,7 +27,7 @@ def linear_cpu(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor | N
     outs, ins = weight.shape
     out = torch.empty(*x.shape[:-1], outs, dtype=torch.float32)
     _C.linear(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(ins, 1), ins, outs,
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), out.numel() // max(outs, 1), ins, outs,
         bf16=bf16, residual=_address(residual),
     )  # fmt: skip
     return out

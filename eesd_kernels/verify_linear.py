@@ -89,6 +89,14 @@ def check_sampling(
         raise ValueError(
             f"{check.op}: law: expected {int(min(Law))} to {int(max(Law))}, got {law.tolist()}"
         )
+    for name, value, fits, text in (  # comparisons that NaN fails
+        ("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "0 or more"),
+        ("top_p", top_p, (top_p > 0) & (top_p <= 1), "above 0, at most 1"),
+        ("min_p", min_p, (min_p >= 0) & (min_p <= 1), "0 to 1"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+    ):
+        if not bool(fits.all()):
+            raise ValueError(f"{check.op}: {name}: expected {text}, got {value.tolist()}")
     if q_ids is not None and bool((q_ids >= vocab).any()):
         raise ValueError(f"{check.op}: q_ids: expected ids below V = {vocab}")
     drawn = ((law == Law.SAMPLED) | (law == Law.BLOCK)) & (temperature > 0)

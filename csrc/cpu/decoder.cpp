@@ -1,6 +1,7 @@
 #include "eesd/decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <vector>
 
@@ -16,7 +17,7 @@ constexpr int64_t kAloneWork = 1 << 16;
 struct AttentionJob {
   const eesd_tree_attention_params* p;
   decltype(kernel_table::attend_row) attend;
-  bool failed;
+  std::atomic<bool> failed;
 };
 
 // One sequence, row and head. A tree node's ancestors are visited in node order, which is depth
@@ -43,8 +44,9 @@ void attend_one(void* context, int64_t index) {
       if (static_cast<int64_t>(slots.size()) < count) slots.resize(2 * count);
       for (int64_t s = 0; s < length; ++s) slots[s] = static_cast<int32_t>(s);
       count = length;
+      // A node sees no later one: bits above its own are not looked at.
       const uint64_t mask = static_cast<uint64_t>(p.ancestry[b * p.rows + row]);
-      for (int64_t j = 0; j < p.num_rows[b]; ++j) {
+      for (int64_t j = 0; j <= row; ++j) {
         if (mask >> j & 1) slots[count++] = static_cast<int32_t>(length + j);
       }
       slot = slots.data();
@@ -134,7 +136,7 @@ eesd_status eesd_tree_attention_cpu(const eesd_tree_attention_params* params) {
   const eesd_tree_attention_params& p = *params;
   if (p.kv_heads < 1 || p.heads % p.kv_heads || !block_fits(p)) return EESD_ERROR_SIZE;
   if (p.ancestry && p.rows > 64) return EESD_ERROR_SIZE;
-  AttentionJob job{&p, kernels().attend_row, false};
+  AttentionJob job{&p, kernels().attend_row, {false}};
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     work += static_cast<int64_t>(p.num_rows[b]) * p.lengths[b] * p.heads * p.head_size;

@@ -1,5 +1,9 @@
 #include "cpu/thread_pool.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <pthread.h>
 
 #include <atomic>
@@ -37,7 +41,11 @@ int default_threads() {
     const int count = std::atoi(text);
     if (count >= 1) return count < kMaxThreads ? count : kMaxThreads;
   }
-  const int count = static_cast<int>(std::thread::hardware_concurrency());
+  int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t allowed;  // taskset and containers allow fewer than there are
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) count = CPU_COUNT(&allowed);
+#endif
   return count < 1 ? 1 : (count < kMaxThreads ? count : kMaxThreads);
 }
 

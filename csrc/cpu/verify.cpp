@@ -145,6 +145,13 @@ bool accept_or_subtract(const eesd_verify_linear_params& p, int64_t b, int64_t j
   return false;
 }
 
+void fail(const eesd_verify_linear_params& p, int64_t b) {
+  int32_t* tokens = p.token_ids + b * (p.drafts + 1);
+  std::fill(tokens, tokens + p.drafts + 1, -1);
+  p.num_accepted[b] = 0;
+  p.status[b] = 1;
+}
+
 void verify_one(const eesd_verify_linear_params& p, int64_t b, Row& row) {
   const int64_t width = p.drafts + 1;
   int32_t* tokens = p.token_ids + b * width;
@@ -156,9 +163,7 @@ void verify_one(const eesd_verify_linear_params& p, int64_t b, Row& row) {
     const int32_t draft = j < p.draft_length[b] ? p.draft_ids[b * p.drafts + j] : -1;
     int32_t token = argmax(logits, p.vocab);
     if (token < 0) {
-      std::fill(tokens, tokens + width, -1);
-      p.num_accepted[b] = 0;
-      p.status[b] = 1;
+      fail(p, b);
       return;
     }
     bool accepted = token == draft;
@@ -171,6 +176,10 @@ void verify_one(const eesd_verify_linear_params& p, int64_t b, Row& row) {
       accepted = !coupled && draft >= 0 && accept_or_subtract(p, b, j, draft, place, row);
       token = accepted ? draft : place.race(row.p, row.words);
       if (coupled) accepted = token == draft;
+      if (token < 0) {  // no mass: filters or a temperature that no caller may give
+        fail(p, b);
+        return;
+      }
     }
     tokens[j] = token;
     if (!accepted) {
@@ -187,6 +196,7 @@ eesd_status eesd_verify_linear_cpu(const eesd_verify_linear_params* params) {
   const eesd_verify_linear_params& p = *params;
   if (p.batch < 0 || p.drafts < 0 || p.vocab < 1) return EESD_ERROR_SIZE;
   for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.law[b] < EESD_LAW_SAMPLED || p.law[b] > EESD_LAW_COUPLED) return EESD_ERROR_SIZE;
     if (p.draft_length[b] < 0 || p.draft_length[b] > p.drafts) return EESD_ERROR_SIZE;
     for (int64_t j = 0; j < p.draft_length[b]; ++j) {
       if (p.draft_ids[b * p.drafts + j] >= p.vocab) return EESD_ERROR_SIZE;

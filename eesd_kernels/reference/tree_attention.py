@@ -45,10 +45,9 @@ def tree_attention(
         k = _slots(k_cache, b, length + live, block_table)
         v = _slots(v_cache, b, length + live, block_table)
         k, v = (x.to(inner).repeat_interleave(group, dim=1) for x in (k, v))
-        if ancestry is None:
-            sees = node[None, :live] <= node[:live, None]
-        else:
-            sees = (ancestry[b, :live, None] >> node[None, :live]) & 1 == 1
+        sees = node[None, :live] <= node[:live, None]
+        if ancestry is not None:  # bits above a row's own are not looked at
+            sees = sees & ((ancestry[b, :live, None] >> node[None, :live]) & 1 == 1)
         mask = torch.cat((sees.new_ones(live, length), sees), dim=1)
         if window is not None:
             own = length - 1 + sees.sum(1)  # a row sees its ancestors and itself

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from eesd.cache import Block
 from eesd.controller import CostTable
@@ -13,6 +15,7 @@ from eesd.models import Llama
 from eesd.round import Engine, Sampling
 
 _CONTEXT, _REPEATS = 64, 5
+_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 
 
 def measured_costs(
@@ -20,7 +23,8 @@ def measured_costs(
 ) -> CostTable:
     """The cost table of this model at this batch size, measured on the first call and kept."""
     sampled = bool((sampling.temperature > 0).any())
-    key = (batch, id(head), sampled)
+    filtered = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any())
+    key = (batch, head, sampled, filtered)
     known = model.measured_costs.get(key)
     if known is None or len(known.rest) <= max_draft:
         known = _measure(model.backbone, head, batch, max_draft, sampling)
@@ -41,22 +45,30 @@ def _measure(
         return Block(context, torch.full_like(context, rows))
 
     hidden = engine.prefix(pending, block(1))
-    draft = engine.draw(hidden, block(1), sampling, context)
+
+    def exit_step() -> tuple[Tensor, Tensor, Tensor]:
+        values, candidates, _ = engine.look(hidden, block(1), sampling)
+        return engine.draw(values, candidates, block(1), sampling, context)
+
+    draft = exit_step()
 
     def rest(length: int) -> Callable[[], object]:
         rows, drafted = hidden.repeat(1, length + 1, 1), torch.full_like(context, length)
         return lambda: engine.accept(rows, block(length + 1), [draft] * length, drafted, sampling)
 
-    steps = [
+    # Between these the cost is taken to be a line: measuring each of many lengths takes seconds.
+    lengths = sorted({n for n in _LENGTHS if n < max_draft} | {max_draft})
+    steps: list[Callable[[], object]] = [
         lambda: engine.prefix(pending, block(1)),
-        lambda: engine.draw(hidden, block(1), sampling, context),
-        *(rest(n) for n in range(max_draft + 1)),
+        exit_step,
+        *(rest(n) for n in lengths),
     ]
     prefix, exit_, *rests = _fastest_ms(steps, device)
     # More rows never cost less: what an entry has above a longer one's is another program's doing.
     for n in range(len(rests) - 2, -1, -1):
         rests[n] = min(rests[n], rests[n + 1])
-    return CostTable(prefix=prefix, exit=exit_, rest=tuple(rests))
+    every = np.interp(range(max_draft + 1), lengths, rests).tolist()
+    return CostTable(prefix=prefix, exit=exit_, rest=tuple(every))
 
 
 def _fastest_ms(steps: list[Callable[[], object]], device: torch.device) -> list[float]:

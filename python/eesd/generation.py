@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eesd.controller import SCHEDULES, Controller, CostTable
+from eesd.controller import PRIOR_WEIGHT, SCHEDULES, Controller, CostTable
 from eesd.costs import measured_costs
 from eesd.exit_head import ExitHead
 from eesd.generation_config import GenerationConfig
@@ -141,7 +141,7 @@ def generate(
     stats = SpeculativeStats(
         [t.drafted for t in transcripts],
         [t.accepted for t in transcripts],
-        list(zip(controller.alpha.tolist(), controller.beta.tolist(), strict=True)),
+        controller.marginal(),
         costs,
     )
     if stats.num_draft_tokens >= ENOUGH and stats.draft_acceptance_rate < HOPELESS:
@@ -192,6 +192,12 @@ def _head(model: Model, given: ExitHead | None, config: GenerationConfig) -> Exi
     return head
 
 
+def _prior(head: ExitHead | None) -> tuple[float, float]:
+    if head is None:
+        return 1.0, 1.0
+    return PRIOR_WEIGHT * head.config.prior_alpha, PRIOR_WEIGHT * head.config.prior_beta
+
+
 def _decode(
     model: Model,
     head: ExitHead | None,
@@ -216,15 +222,16 @@ def _decode(
     )
     rule = SCHEDULES[config.num_assistant_tokens_schedule]
     costs = config.assistant_costs
-    if head and costs is None and rule is Rule.COST:
+    if head and costs is None and rule in (Rule.COST, Rule.CALIBRATED):
         costs = measured_costs(model, head, batch, max_draft, sampling)
     controller = Controller(
         batch,
         backbone.device,
         rule=rule,
         max_draft=max_draft,
-        prior=(head.config.prior_alpha, head.config.prior_beta) if head else (1.0, 1.0),
+        prior=_prior(head),
         costs=costs.rounds(max_draft, backbone.device) if costs else None,
+        exit_cost=costs.exit if costs else 0.0,
     )
     capacity = max(map(len, prompts)) + config.max_new_tokens
     engine = Engine(backbone, head, backbone.new_cache(batch, capacity, exit_layers=bool(head)))

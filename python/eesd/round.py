@@ -127,13 +127,20 @@ class Engine:
         last = self.backbone.config.num_layers
         return self.backbone.run_layers(hidden, self.exit_layer, last, self.cache, block)
 
-    def draw(
-        self, hidden: Tensor, block: Block, sampling: Sampling, base: Tensor
+    def look(
+        self, hidden: Tensor, block: Block, sampling: Sampling
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One draft token from `h_N` `[B, 1, H]`: ids `[B]`, and q as `[B, k]` ids and probs."""
+        """Exit step on `h_N` `[B, 1, H]`: values and ids `[B, k]`, top probability `[B]`."""
         assert self.head is not None
         out = self.head.run(hidden, self.cache, block)
-        values, candidates, _ = self.head.candidates(out[:, 0], sampling.draft_candidates)
+        k = min(sampling.draft_candidates, self.backbone.config.vocab_size)
+        values, candidates, logsumexp = self.head.candidates(out[:, 0], k)
+        return values, candidates, torch.exp(values[:, 0] - logsumexp)
+
+    def draw(
+        self, values: Tensor, candidates: Tensor, block: Block, sampling: Sampling, base: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft token a sequence: ids `[B]`, and q as `[B, k]` ids and probs."""
         child, q = sample_draft_op(
             values, candidates, sampling.temperature, sampling.law, 1,
             sampling.seed, block.lengths + 1, base, None,
@@ -168,22 +175,29 @@ class Engine:
         room = torch.clamp(self.cache.capacity - 1 - base, max=controller.max_draft)
         cap = torch.minimum(state.remaining - 1, room).clamp(min=0)
         drafted = controller.plan(torch.where(state.alive, cap, -1), sampling.seed, base)
-        longest = int(drafted.max())
 
-        token, hiddens, drafts = state.pending, [], []
-        for j in range(longest + 1):
-            block = Block(base + j, (state.alive & (drafted >= j)).to(torch.int32))
+        token, hiddens, drafts = (
+            state.pending,
+            list[Tensor](),
+            list[tuple[Tensor, Tensor, Tensor]](),
+        )
+        while True:
+            step = len(hiddens)
+            block = Block(base + step, (state.alive & (drafted >= step)).to(torch.int32))
             hidden = self.prefix(token[:, None], block)
             hiddens.append(hidden)
-            if j == longest:
+            if not controller.looks(drafted, step + 1):
                 if self.head:
                     self.head.write(hidden, self.cache, block)
                 break
-            drafts.append(self.draw(hidden, block, sampling, base))
+            values, candidates, top_prob = self.look(hidden, block, sampling)
+            drafted = controller.include(drafted, step + 1, top_prob)
+            if int(drafted.max()) <= step:
+                break
+            drafts.append(self.draw(values, candidates, block, sampling, base))
             token = drafts[-1][0].clamp(min=0)
             if eos is not None:  # nothing is drafted after an end of text
-                drafted = torch.where(torch.isin(token, eos), drafted.clamp(max=j + 1), drafted)
-                longest = int(drafted.max())
+                drafted = controller.stop(drafted, torch.isin(token, eos), step + 1)
 
         rows = torch.where(state.alive, drafted + 1, 0)
         num_accepted, token_ids, status = self.accept(

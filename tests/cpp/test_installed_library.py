@@ -53,3 +53,9 @@ def test_find_package_build_run(tmp_path: Path) -> None:
     assert run.stdout.endswith(": ok\n")
     if torch.cuda.is_available() and "built without" not in run.stdout:
         assert "cuda: same bits" in run.stdout
+    for isa in ("generic", "avx2", "avx512"):  # at most what the machine has
+        smoke = subprocess.run(
+            [build / "smoke"], capture_output=True, text=True, check=False,
+            env={**os.environ, "EESD_ISA": isa},
+        )  # fmt: skip
+        assert smoke.returncode == 0, smoke.stdout + smoke.stderr

@@ -135,7 +135,7 @@ def new_tokens(out: GenerateOutput) -> Tensor:
 
 
 # The cost rule plans one length for a whole call: small batches, many lengths.
-BATCH = {"thompson": 16, "cost": 16, "bernoulli": 5_000, "constant": 5_000}
+BATCH = {"thompson": 16, "calibrated": 16, "cost": 16, "bernoulli": 5_000, "constant": 5_000}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -147,3 +147,15 @@ def test_many_rows_equal_the_reference():
     )  # fmt: skip
     for a, b in zip(ek.verify_linear(*arguments), reference.verify_linear(*arguments), strict=True):
         assert torch.equal(a, b)
+
+
+def test_ancestry_above_a_row_is_not_looked_at():
+    """All 64 bits set must neither write past a buffer nor show a node its descendants."""
+    torch.manual_seed(0)
+    q, cache = torch.randn(1, 64, 2, 16), torch.randn(1, 80, 1, 16)
+    lengths, rows = torch.zeros(1, dtype=torch.int32), torch.full((1,), 64, dtype=torch.int32)
+    every = torch.full((1, 64), -1, dtype=torch.int64)
+    for dtype in (torch.float32, torch.float64):
+        arguments = (q.to(dtype), cache.to(dtype), cache.to(dtype), lengths, rows)
+        tree = ek.tree_attention(*arguments, ancestry=every)
+        torch.testing.assert_close(tree, ek.tree_attention(*arguments))

@@ -116,6 +116,10 @@ def test_says_which_size_differs(op: str):
             {"draft_ids": torch.full((4, 3), 101, dtype=torch.int32)},
             "expected ids below V = 101",
         ),
+        ("verify_linear", {"top_p": torch.zeros(4)}, "top_p: expected above 0, at most 1"),
+        ("verify_linear", {"min_p": torch.full((4,), 2.0)}, "min_p: expected 0 to 1"),
+        ("verify_linear", {"temperature": torch.full((4,), torch.nan)}, "temperature: expected 0"),
+        ("verify_linear", {"law": torch.full((4,), 7).int()}, "law: expected 0 to 3"),
         (
             "tree_attention",
             {"q": torch.randn(3, 4, 3, 6)},

@@ -45,7 +45,7 @@ def one_hot(*tokens: int, vocab: int = VOCAB) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("law", [Law.SAMPLED, Law.DETERMINISTIC, Law.COUPLED])
+@pytest.mark.parametrize("law", list(Law), ids=lambda law: law.name)
 def test_one_hot_targets(temperature: float, law: Law):
     """All accepted, some, none: where p is one-hot the outcome has no randomness left."""
     common = {"temperature": torch.tensor([temperature]), "law": _i32([law])}
@@ -100,15 +100,17 @@ def test_ties_go_to_the_lower_id():
     assert ids.tolist() == [[0]]
 
 
-def test_equal_laws_accept_everything():
-    """With p = q no uniform in [0, 1) rejects: the comparison is strict and u is below 1."""
+def test_equal_laws_accept_nearly_everything():
+    """With p = q only the rounding of q to float32 can reject: u is below 1 and the test strict."""
+    torch.manual_seed(0)
     logits = torch.randn(3, VOCAB)
     q = logits[:2].double().softmax(-1).float()[None]
+    accepted = 0
     for seed in range(200):
         changes = {"q_probs": q, "seed": torch.tensor([seed])}
         got, _, _ = ek.verify_linear(**arguments(logits, [seed % VOCAB, 2], **changes))
-        assert got.item() >= 1 or seed % VOCAB != 2  # rounding of q to float32 may reject once
-    assert got.item() >= 0
+        accepted += got.item()
+    assert accepted >= 399
 
 
 def test_filters_keep_ties_and_follow_their_order():

@@ -17,7 +17,7 @@ EXAMPLES = {
     "How much money does she make?\n",
     "python": "def read_lines(path, encoding=None):\n",
 }
-SCHEDULES = ("thompson", "cost", "bernoulli", "constant")
+SCHEDULES = ("thompson", "cost", "calibrated", "bernoulli", "constant")
 NEW_TOKENS = 256
 
 NOTES = """
@@ -238,7 +238,7 @@ def _report(
     speed: float,
     compared: "Comparison | None",
 ) -> dict[str, Any]:
-    import torch
+    from eesd_kernels import _C
 
     stats, new = output.speculative, output.sequences[0, prompt_tokens:].tolist()
     head = model.exit_head if config.num_assistant_tokens else None
@@ -271,7 +271,7 @@ def _report(
         "exit_layer": head.config.exit_layer if head else None,
         "device": str(model.backbone.device),
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "threads": _C.get_num_threads(),
     }
 
 
