@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 EXIT_HEAD_TYPE = "eesd_exit_head"
+MAX_POSITION = 2**24  # far above any model's: more is a slip, met here and not as lack of memory
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,6 +26,60 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Fields:
+    """Typed reads of a JSON object; a `ValueError` names the field, what fits and what came."""
+
+    content: dict[str, Any]
+    where: str
+
+    def wrong(self, name: str, expected: str) -> ValueError:
+        got = self.content.get(name)
+        return ValueError(f"{self.where}: {name}: expected {expected}, got {got!r}")
+
+    def size(self, name: str, default: int | None = None, most: int | None = None) -> int:
+        value = self.content.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(name, "a positive integer")
+        if most is not None and value > most:
+            raise self.wrong(name, f"at most {most}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.content.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(name, "a number")
+        if not 0 < value <= sys.float_info.max:
+            raise self.wrong(name, "a finite number above 0")
+        return float(value)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.content.get(name)
+        if not isinstance(value, dict | None):
+            raise self.wrong(name, "an object or null")
+        return value or {}
+
+    def token(self, name: str) -> int | None:
+        value = self.content.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise self.wrong(name, "an integer or null")
+        return value
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        value = self.content.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise self.wrong(name, "an integer, a list of integers or null")
+        return tuple(ids)
+
+    def architecture(self) -> Any:
+        names = self.content.get("architectures")
+        if not isinstance(names, str | list | None):
+            raise self.wrong("architectures", "a list of names")
+        names = [names] if isinstance(names, str) else names or [self.content.get("model_type")]
+        return names[0]
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding: `kind` is default, linear or llama3, with the parameters of each."""
 
@@ -37,7 +93,10 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "RopeConfig":
         """From transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) keys."""
-        scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        of_config = _Fields(config, where)
+        scaling = {**of_config.mapping("rope_scaling"), **of_config.mapping("rope_parameters")}
+        place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        fields = _Fields(scaling, f"{where}: {place}")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "linear", "llama3"):
             raise ValueError(
@@ -46,12 +105,12 @@ class RopeConfig:
         if config.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError(f"{where}: partial_rotary_factor other than 1 is not supported")
         return cls(
-            theta=float(scaling.get("rope_theta", config.get("rope_theta", 10000.0))),
+            theta=(fields if "rope_theta" in scaling else of_config).number("rope_theta", 10000.0),
             kind=kind,
-            factor=float(scaling.get("factor", 1.0)),
-            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-            original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
+            factor=fields.number("factor", 1.0),
+            low_freq_factor=fields.number("low_freq_factor", 1.0),
+            high_freq_factor=fields.number("high_freq_factor", 4.0),
+            original_max_position=fields.size("original_max_position_embeddings", 8192),
         )
 
 
@@ -85,10 +144,11 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str = "config") -> "ModelConfig":
         """From the keys of a Hugging Face `config.json`."""
-        architectures = config.get("architectures") or [str(config.get("model_type"))]
-        if architectures[0] not in ("LlamaForCausalLM", "llama"):
+        fields = _Fields(config, where)
+        size, architecture = fields.size, fields.architecture()
+        if architecture not in ("LlamaForCausalLM", "llama"):
             raise ValueError(
-                f"{where}: architecture {architectures[0]!r} is not supported (LlamaForCausalLM is)"
+                f"{where}: architecture {architecture!r} is not supported (LlamaForCausalLM is)"
             )
         unsupported = {
             "attention_bias": config.get("attention_bias", False),
@@ -103,24 +163,18 @@ class ModelConfig:
             raise ValueError(
                 f"{where}: hidden_act = {config['hidden_act']!r} is not supported (silu is)"
             )
-
-        def size(name: str, default: int | None = None) -> int:
-            value = config.get(name, default)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{where}: {name}: expected a positive integer, got {value!r}")
-            return value
-
         hidden, heads = size("hidden_size"), size("num_attention_heads")
-        kv_heads = size("num_key_value_heads", heads)
-        head_size = config.get("head_dim") or hidden // heads
+        given = {name for name, value in config.items() if value is not None}
+        kv_heads = size("num_key_value_heads") if "num_key_value_heads" in given else heads
+        head_size = size("head_dim") if "head_dim" in given else hidden // heads
         if heads % kv_heads:
             raise ValueError(
                 f"{where}: num_attention_heads = {heads} is not a multiple of "
                 f"num_key_value_heads = {kv_heads}"
             )
-        if head_size % 2 or ("head_dim" not in config and hidden % heads):
-            raise ValueError(f"{where}: head size {hidden / heads:g} is not supported (even is)")
-        eos = config.get("eos_token_id")
+        if head_size % 2 or ("head_dim" not in given and hidden % heads):
+            exact = head_size if "head_dim" in given else hidden / heads
+            raise ValueError(f"{where}: head size {exact:g} is not supported (even is)")
         return cls(
             architecture="LlamaForCausalLM",
             vocab_size=size("vocab_size"),
@@ -130,13 +184,13 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=head_size,
-            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position=size("max_position_embeddings", 2048),
+            rms_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position=size("max_position_embeddings", 2048, MAX_POSITION),
             tied_head=bool(config.get("tie_word_embeddings", False)),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_token_id=config.get("pad_token_id"),
+            bos_token_id=fields.token("bos_token_id"),
+            eos_token_ids=fields.tokens("eos_token_id"),
+            pad_token_id=fields.token("pad_token_id"),
             rope=RopeConfig.from_hf(config, where),
         )
 

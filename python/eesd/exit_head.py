@@ -104,8 +104,10 @@ class ExitHead:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             fresh = Path(temporary) / "head"
             fresh.mkdir()
-            save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
-            (fresh / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            weights, config = fresh / "model.safetensors", fresh / "config.json"
+            save_file(tensors, weights, metadata={"format": "pt"})
+            config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            weights.chmod(config.stat().st_mode & 0o644)  # safetensors writes for the owner alone
             if folder.exists():  # leaves with the temporary folder, once the new one stands
                 os.replace(folder, Path(temporary) / "old")
             os.replace(fresh, folder)

@@ -14,6 +14,10 @@ NOT_YET = (
     "stop_strings",
     "num_return_sequences",
     "output_scores",
+    "stopping_criteria",
+    "logits_processor",
+    "tokenizer",
+    "assistant_confidence_threshold",
 )
 """Arguments that users of transformers know and that are refused by name until they work."""
 
@@ -32,7 +36,8 @@ class GenerationConfig:
     eos_token_id: one id, several, or None for the model's own; () for none.
     pad_token_id: fills finished rows; None: the model's, else its first eos, else 0.
     num_assistant_tokens: largest draft length; 0 is plain autoregressive decoding.
-    num_assistant_tokens_schedule: thompson (the default rule), cost, bernoulli or constant.
+    num_assistant_tokens_schedule: thompson (the default rule), cost, calibrated, bernoulli or
+        constant.
     draft: linear.
     assistant_sampling: rejection (Leviathan et al. 2023), or coupled, where sampled text equals
         plain sampling's with the same seed token for token.
@@ -99,6 +104,8 @@ class GenerationConfig:
         for name in changes:
             if name in NOT_YET:
                 raise ValueError(f"generate: {name} is not supported yet")
+            if name == "assistant_early_exit":
+                raise ValueError(f"generate: {name}: give it to eesd.load")
             if name not in known:
                 raise TypeError(
                     f"generate: unknown argument {name!r}; known: {', '.join(sorted(known))}"

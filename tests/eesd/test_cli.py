@@ -315,6 +315,23 @@ def test_info_of_a_head_that_does_not_fit(
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_info_of_an_empty_head_folder(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "exit_head").mkdir()
+    assert main(["info", "--model", str(folder)]) == 0
+    assert "none (train one with eesd distill)" in capsys.readouterr().out
+
+
+def test_info_of_a_head_that_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    head = shutil.copytree(demo_folder() / "exit_head", tmp_path / "head")
+    weights = head / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["info", "--exit-head", str(head)]) == 2
+    assert "head/model.safetensors: not a readable safetensors" in capsys.readouterr().err
+
+
 def byte_level() -> SimpleNamespace:
     """One token a byte, spaces within tokens."""
     tokenizer = eesd.load("demo", device="cpu").tokenizer

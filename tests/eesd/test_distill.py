@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from eesd.distill import data as distill_data
 from eesd.distill.evaluate import beta_prior, draft_acceptance
 from eesd.distill.losses import chunk_loss, chunks, head_loss
 from eesd.distill.reporter import Reporter
+from eesd.distill.trainer import Trainer
 from eesd.loading import load
 
 # A step takes 20 ms on a CPU at these sizes.
@@ -217,6 +219,122 @@ def test_resumes_to_the_same_weights(
     assert whole.keys() == cut.keys()
     for name, weight in whole.items():
         assert torch.equal(weight, cut[name]), name
+
+
+def test_checkpoints_by_the_clock(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eesd.distill.trainer.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        small(tiny_llama, tiny_text, tmp_path / "head", reporter=KillAfter(0.5))
+    saved = torch.load(tmp_path / "head.partial" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 9
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, whoever started us."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt_backward(trainer: Trainer, step: int) -> None:
+    """While gradients are made of step 7."""
+    if step == 7:
+        raise KeyboardInterrupt
+
+
+def interrupt_update(optimizer: torch.optim.Optimizer) -> None:
+    """Once the weights are of step 7's end, and the count of steps is not."""
+    if next(iter(optimizer.state.values()))["step"] == 8:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("place", "interrupt", "step"),
+    [
+        ((Trainer, "_backward"), interrupt_backward, 7),
+        ((torch.optim.AdamW, "step"), interrupt_update, 8),
+    ],
+    ids=["backward", "update"],
+)
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_loses_nothing(
+    tiny_llama: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: tuple[type, str],
+    interrupt: Callable[..., None],
+    step: int,
+) -> None:
+    small(tiny_llama, tiny_text, tmp_path / "whole")
+    out, inner = tmp_path / "cut", getattr(*place)
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        result = inner(self, *args)
+        interrupt(self, *args)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small(tiny_llama, tiny_text, out)
+    path = tmp_path / "cut.partial" / "checkpoint.pt"
+    said = f"stopped after step {step}, saved in {path}: give the same arguments to go on"
+    assert said in capsys.readouterr().err
+    small(tiny_llama, tiny_text, out)
+    whole, cut = head_weights(tmp_path / "whole"), head_weights(out)
+    for name, weight in whole.items():
+        assert torch.equal(weight, cut[name]), name
+
+
+def test_ctrl_c_while_finishing(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    small(tiny_llama, tiny_text, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("eesd.exit_head.ExitHead.save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            small(tiny_llama, tiny_text, tmp_path / "cut")
+    saved = torch.load(tmp_path / "cut.partial" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 20
+    assert small(tiny_llama, tiny_text, tmp_path / "cut").steps == 20
+    whole, cut = head_weights(tmp_path / "whole"), head_weights(tmp_path / "cut")
+    assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
+
+
+def test_ctrl_c_before_the_first_new_step(
+    tiny_llama: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out, path = tmp_path / "head", tmp_path / "head.partial" / "checkpoint.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_backward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            small(tiny_llama, tiny_text, out)
+    assert "stopped; nothing was saved" in capsys.readouterr().err
+    assert not path.exists()
+    with pytest.raises(Killed):
+        small(tiny_llama, tiny_text, out, checkpoint_steps=5, reporter=KillAfter(0.5))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            small(tiny_llama, tiny_text, out)
+    assert f"stopped; {path} is of an earlier step" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_refuses_to_go_on_with_other_arguments(
@@ -430,7 +548,7 @@ def test_command_interrupted(
     monkeypatch.setattr("eesd.distill.run.read_data", interrupt)
     line = f"distill --model {tiny_llama} --exit-layer 2 --data {tiny_text} --out {tmp_path}/head"
     assert main(line.split()) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "warning: stopped; nothing was saved\neesd: interrupted\n"
 
 
 def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:

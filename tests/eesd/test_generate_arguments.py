@@ -179,6 +179,14 @@ def test_option_that_is_not_supported_yet(model: Model, name: str) -> None:
         run(model, **{name: 1})
 
 
+def test_options_that_users_of_transformers_try(model: Model) -> None:
+    assert {
+        "stopping_criteria", "logits_processor", "tokenizer", "assistant_confidence_threshold"
+    } <= set(NOT_YET)  # fmt: skip
+    with pytest.raises(ValueError, match=r"assistant_early_exit: give it to eesd\.load"):
+        run(model, assistant_early_exit=1)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -216,7 +224,7 @@ def test_option_that_is_not_supported_yet(model: Model, name: str) -> None:
         ("pad_token_id", 1.0, TypeError),
         ("num_assistant_tokens", -1, ValueError),
         ("num_assistant_tokens", "many", TypeError),
-        ("num_assistant_tokens_schedule", "calibrated", ValueError),
+        ("num_assistant_tokens_schedule", "heuristic", ValueError),
         ("num_assistant_tokens_schedule", None, ValueError),
         ("draft", "tree", ValueError),
         ("assistant_sampling", "block", ValueError),
@@ -390,7 +398,7 @@ def test_statistics_of_plain_decoding(model: Model) -> None:
 
 
 def test_posterior_is_that_of_the_rounds(model: Model) -> None:
-    """Replayed by hand from the steps: prior 1, 1 and a discount of 0.98 a round."""
+    """Replayed by hand from the steps: half the head's prior of 1, 1 and a discount a round."""
     out = run(
         model, IDS.repeat(3, 1), max_new_tokens=20, eos_token_id=(), do_sample=True, seed=5,
         return_dict_in_generate=True, num_assistant_tokens_schedule="bernoulli",
@@ -399,9 +407,10 @@ def test_posterior_is_that_of_the_rounds(model: Model) -> None:
     for b, (drafted, accepted) in enumerate(
         zip(stats.per_step_drafted, stats.per_step_accepted, strict=True)
     ):
-        alpha = beta = 1.0
+        alpha = beta = prior = 0.5
         for n, m in zip(drafted, accepted, strict=True):
-            alpha, beta = 1 + 0.98 * (alpha - 1) + m, 1 + 0.98 * (beta - 1) + (m < n)
+            alpha = prior + 0.998 * (alpha - prior) + m
+            beta = prior + 0.998 * (beta - prior) + (m < n)
         assert stats.posterior[b] == pytest.approx((alpha, beta), rel=1e-5)
 
 

@@ -1,6 +1,7 @@
 """`eesd.load` and exit heads on disk: what is damaged or does not fit is named."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import eesd.exit_head
 from eesd import Model, load
-from eesd.config import ExitHeadConfig
+from eesd.config import ExitHeadConfig, ModelConfig
 from eesd.exit_head import ExitHead
 
 MakeLlama = Callable[..., Path]
@@ -128,6 +129,46 @@ def test_broken_json(with_head: Path, name: str, text: bytes, message: str) -> N
     (with_head / name).write_bytes(text)
     with pytest.raises(ValueError, match=rf"{name}: {message}"):
         load(with_head)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": "foo"}, "rope_scaling: expected an object or null, got 'foo'"),
+        ({"rope_parameters": [1]}, r"rope_parameters: expected an object or null, got \[1\]"),
+        ({"rope_scaling": {"factor": "a"}}, "rope_scaling: factor: expected a number, got 'a'"),
+        ({"rope_theta": None}, "rope_theta: expected a number, got None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: expected a number, got None"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number above 0, got nan"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected an integer, a list .*, got 'x'"),
+        ({"eos_token_id": [0, 1.5]}, r"eos_token_id: expected an integer, .*, got \[0, 1\.5\]"),
+        ({"bos_token_id": [1]}, r"bos_token_id: expected an integer or null, got \[1\]"),
+        ({"pad_token_id": True}, "pad_token_id: expected an integer or null, got True"),
+        ({"architectures": 5}, "architectures: expected a list of names, got 5"),
+        ({"architectures": "GPT2LMHeadModel"}, "architecture 'GPT2LMHeadModel' is not supported"),
+        ({"head_dim": "a"}, "head_dim: expected a positive integer, got 'a'"),
+        ({"head_dim": 15}, "head size 15 is not supported"),
+        ({"max_position_embeddings": 2**24 + 1}, "max_position_embeddings: expected at most 16777"),
+        ({"max_position_embeddings": 64.5}, "max_position_embeddings: expected .*, got 64.5"),
+    ],
+    ids=str,
+)
+def test_config_fields_of_the_wrong_kind(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        load(folder)
+
+
+def test_config_fields_that_may_be_null_or_plain(folder: Path) -> None:
+    edit_config(
+        folder, architectures="LlamaForCausalLM", num_key_value_heads=None, head_dim=None,
+        rope_scaling=None, eos_token_id=None, bos_token_id=None, max_position_embeddings=2**24,
+    )  # fmt: skip
+    config = ModelConfig.from_folder(folder)
+    assert (config.num_kv_heads, config.head_size) == (2, 16)
+    assert (config.eos_token_ids, config.bos_token_id) == ((), None)
 
 
 def test_index_without_a_weight_map(folder: Path) -> None:
@@ -355,6 +396,19 @@ def test_head_round_trips(tiny_llama: Path, tmp_path: Path, dtype: str, own_lm_h
     saved = load_file(tmp_path / "deep" / "head" / WEIGHTS)
     assert ("lm_head.weight" in saved) is own_lm_head
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["head"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o644), (0o077, 0o600)])
+def test_head_is_readable_by_whom_the_umask_lets(
+    tiny_llama: Path, tmp_path: Path, umask: int, mode: int
+) -> None:
+    model = load(tiny_llama)
+    before = os.umask(umask)
+    try:
+        new_head(model).save(tmp_path / "head", model.backbone)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "head" / WEIGHTS).stat().st_mode & 0o777 == mode
 
 
 def _half_written(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:

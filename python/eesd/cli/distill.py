@@ -16,7 +16,8 @@ from eesd.distill.settings import (
 EXAMPLE = """
 The model's own predictions are the target, so the text needs no labels; text like that which the
 model will be asked to write serves best, its own output better still. Every fiftieth document is
-held out to measure the head. A run that was killed goes on where it was when called again.
+held out to measure the head. A run that was killed goes on, when called again, where it was at most
+a minute before; one that was stopped with Ctrl-C, where it was stopped.
 
 data files:
   .txt     UTF-8 text, one document a file
@@ -122,7 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--checkpoint-steps", type=int, default=500,
-        help="steps between two checkpoints in OUT.partial (default: 500)",
+        help="steps between two checkpoints in OUT.partial; one is written every minute besides "
+        "(default: 500)",
     )  # fmt: skip
 
 

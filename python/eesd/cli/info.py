@@ -77,7 +77,7 @@ def _model(name: str, exit_head: str | None) -> dict[str, Any]:
     from pathlib import Path
 
     from eesd.config import ModelConfig
-    from eesd.loading import HEAD_FOLDER, demo_folder
+    from eesd.loading import HEAD_FOLDER, _is_head, demo_folder
     from eesd.weights import WeightFolder
 
     folder = demo_folder() if name == "demo" else Path(name)
@@ -86,7 +86,7 @@ def _model(name: str, exit_head: str | None) -> dict[str, Any]:
     config = ModelConfig.from_folder(folder)
     weights = WeightFolder(folder)
     own = folder / HEAD_FOLDER
-    head = Path(exit_head) if exit_head else own if own.is_dir() else None
+    head = Path(exit_head) if exit_head else own if _is_head(own) else None
     return {
         "name": name,
         "architecture": config.architecture,
@@ -106,8 +106,10 @@ def _model(name: str, exit_head: str | None) -> dict[str, Any]:
 
 def _exit_head(folder: Any, fingerprint: str) -> dict[str, Any]:
     from eesd.config import ExitHeadConfig
+    from eesd.weights import WeightFolder
 
     config = ExitHeadConfig.from_folder(folder)
+    WeightFolder(folder)  # raises where a file is missing or cut
     measured = ("agreement", "sampled_acceptance", "mean_acceptance_length", "draft_length")
     return {
         "exit_layer": config.exit_layer,

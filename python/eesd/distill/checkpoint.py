@@ -11,6 +11,8 @@ import torch
 
 from eesd.config import EXIT_HEAD_TYPE
 
+ADVICE = "give the same arguments to go on, or restart to begin again"
+
 
 class Checkpoint:
     """One file, replaced whole. `identity` is what must be the same for a run to go on."""
@@ -36,7 +38,6 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return None
-        advice = "give the same arguments to go on, or restart to begin again"
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             before: dict[str, Any] = json.loads(state.pop("identity"))
@@ -51,7 +52,7 @@ class Checkpoint:
         if changed:
             raise ValueError(
                 f"{self.path}: an unfinished run with other arguments ({'; '.join(changed)}): "
-                + advice
+                + ADVICE
             )
         return state
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eesd.distill.checkpoint import Checkpoint, check_out
+from eesd.distill.checkpoint import ADVICE, Checkpoint, check_out
 from eesd.distill.data import read_data
 from eesd.distill.evaluate import Evaluation
 from eesd.distill.reporter import Reporter
@@ -60,7 +60,8 @@ def distill(
         overwrite: replace an exit head that `out` holds.
         restart: discard the checkpoint of an interrupted run.
         compile: use torch.compile; where that fails, a warning and no harm.
-        checkpoint_steps: steps between two checkpoints.
+        checkpoint_steps: steps between two checkpoints; there is one every minute besides, and
+            one at Ctrl-C.
         began: `time.monotonic()` that the seconds count from; by default that of the call.
 
     Raises:
@@ -77,60 +78,78 @@ def distill(
         raise ValueError(f"checkpoint_steps: expected at least 1, got {checkpoint_steps}")
     target = Path(out)
     check_out(target, overwrite=overwrite)
+    trainer: Trainer | None = None
     with reporter or Reporter() as say:
-        loaded = _load(model, device, dtype)
-        shape = loaded.config
-        if not 1 <= exit_layer < shape.num_layers:
-            raise ValueError(f"exit_layer: expected 1 to {shape.num_layers - 1}, got {exit_layer}")
-        seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, shape.max_position)
-        if seq_len > shape.max_position:
-            raise ValueError(
-                f"seq_len: expected at most the model's {shape.max_position}, got {seq_len}"
-            )
-        corpus = read_data([Path(path) for path in data], loaded, seq_len)
-        if corpus.skipped:
-            say.warn(f"{corpus.skipped} .jsonl objects without text were skipped")
-        checkpoint = Checkpoint(
-            target,
-            {
-                **dataclasses.asdict(settings),
-                "exit_layer": exit_layer,
-                "seq_len": seq_len,
-                "dtype": str(loaded.backbone.dtype),
-                "backbone": loaded.fingerprint,
-                "data": [*corpus.names, corpus.digest],
-            },
-        )
-        if restart:
-            checkpoint.remove()
-        trainer = Trainer(
-            Student(loaded.backbone, exit_layer, own_lm_head=settings.own_lm_head),
-            corpus,
-            settings,
-            seq_len=seq_len,
-            checkpoint=checkpoint,
-            checkpoint_steps=checkpoint_steps,
-            reporter=say,
-            began=began,
-        )
-        before = trainer.evaluate()
-        count = sum(p.numel() for p in trainer.parameters)
-        say.say(
-            f"exit layer {exit_layer} of {shape.num_layers}, {count:,} parameters, "
-            f"{len(corpus.train):,} tokens, {loaded.backbone.device}; agreement before training "
-            f"{before.agreement:.3f}"
-        )
-        if trainer.resume():
-            say.say(f"going on from step {trainer.step}")
-        if compile:
-            say.say(f"{trainer.compile()} after {trainer.seconds():.0f} s")
         try:
+            loaded = _load(model, device, dtype)
+            shape = loaded.config
+            if not 1 <= exit_layer < shape.num_layers:
+                raise ValueError(
+                    f"exit_layer: expected 1 to {shape.num_layers - 1}, got {exit_layer}"
+                )
+            seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, shape.max_position)
+            if seq_len > shape.max_position:
+                raise ValueError(
+                    f"seq_len: expected at most the model's {shape.max_position}, got {seq_len}"
+                )
+            corpus = read_data([Path(path) for path in data], loaded, seq_len)
+            if corpus.skipped:
+                say.warn(f"{corpus.skipped} .jsonl objects without text were skipped")
+            checkpoint = Checkpoint(
+                target,
+                {
+                    **dataclasses.asdict(settings),
+                    "exit_layer": exit_layer,
+                    "seq_len": seq_len,
+                    "dtype": str(loaded.backbone.dtype),
+                    "backbone": loaded.fingerprint,
+                    "data": [*corpus.names, corpus.digest],
+                },
+            )
+            if restart:
+                checkpoint.remove()
+            trainer = Trainer(
+                Student(loaded.backbone, exit_layer, own_lm_head=settings.own_lm_head),
+                corpus,
+                settings,
+                seq_len=seq_len,
+                checkpoint=checkpoint,
+                checkpoint_steps=checkpoint_steps,
+                reporter=say,
+                began=began,
+            )
+            before = trainer.evaluate()
+            count = sum(p.numel() for p in trainer.parameters)
+            say.say(
+                f"exit layer {exit_layer} of {shape.num_layers}, {count:,} parameters, "
+                f"{len(corpus.train):,} tokens, {loaded.backbone.device}; agreement before "
+                f"training {before.agreement:.3f}"
+            )
+            if trainer.resume():
+                say.say(f"going on from step {trainer.step}")
+            if compile:
+                say.say(f"{trainer.compile()} after {trainer.seconds():.0f} s")
             trainer.run(before)
+            return _finish(trainer, loaded, before, target, corpus.names, say)
         except KeyboardInterrupt:
-            if checkpoint.path.is_file():
-                say.warn(f"stopped at step {trainer.step}; the same call goes on from a checkpoint")
+            _save_interrupted(trainer, Checkpoint(target, {}).path, say)
             raise
-        return _finish(trainer, loaded, before, target, corpus.names, say)
+
+
+def _save_interrupted(trainer: Trainer | None, path: Path, say: Reporter) -> None:
+    """Keep what was trained, and say where."""
+    if trainer is not None and trainer.step > 0:
+        try:
+            trainer.save()
+        except (OSError, RuntimeError) as error:  # torch.save raises both
+            say.warn(f"step {trainer.step} could not be saved: {error}")
+        else:
+            say.warn(f"stopped after step {trainer.step}, saved in {path}: {ADVICE}")
+            return
+    if path.is_file():
+        say.warn(f"stopped; {path} is of an earlier step: {ADVICE}")
+    else:
+        say.warn("stopped; nothing was saved")
 
 
 def _load(

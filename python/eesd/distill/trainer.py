@@ -7,7 +7,12 @@ ends with the weights of an uninterrupted one, bit for bit on a CPU.
 """
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +28,9 @@ REPORTS = 50  # lines of loss a run
 EVALUATIONS = 10  # on held-out text a run, fewer where they would take
 EVALUATION_SHARE = 0.1  # more than this of the time
 SYNC_EVERY = 8  # steps: keeps the clock honest, and the launch queue full
+# Between two checkpoints: what a kill may cost at most, whatever a step takes, and yet so long that
+# the seconds which a large head takes to write are a small share.
+CHECKPOINT_SECONDS = 60.0
 BETAS = (0.9, 0.95)
 # Of the seconds: saving, and a margin for a slow disk. The last evaluation's time is added.
 FINISH_SECONDS = 2.0
@@ -138,14 +146,11 @@ class Trainer:
         """Train to the end of the budget; `measured` is shown until there is a newer one."""
         reported, evaluated = _part(self.progress, REPORTS), _part(self.progress, EVALUATIONS)
         since, clock, clock_step = 0, time.monotonic(), self.step
-        evaluated_at = clock
+        evaluated_at = saved_at = clock
         self._start = (self.progress, self.seconds())
         while self.progress < 1.0:
             self._train_step()
             since += 1
-            if self.device.type == "cuda" and self.step % SYNC_EVERY == 0:
-                torch.cuda.synchronize(self.device)
-            self.progress = self._progress()
             done = self.progress >= 1.0
             if done or _part(self.progress, REPORTS) > reported:
                 reported = _part(self.progress, REPORTS)
@@ -160,8 +165,10 @@ class Trainer:
                     evaluated_at = time.monotonic()
                 self.reporter.show(min(self.progress, 1.0), self._line(measured, rate))
                 since, clock, clock_step = 0, time.monotonic(), self.step
-            if not done and self.step % self.checkpoint_steps == 0:
+            aged = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+            if not done and (aged or self.step % self.checkpoint_steps == 0):
                 self.save()
+                saved_at = time.monotonic()
         return measured
 
     def _train_step(self) -> None:
@@ -174,8 +181,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._backward(self.step)
         torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
-        self.optimizer.step()
-        self.step += 1
+        with _uninterrupted():  # so that whenever Ctrl-C comes, `save` saves a whole step
+            self.optimizer.step()
+            self.step += 1
+            if self.device.type == "cuda" and self.step % SYNC_EVERY == 0:
+                torch.cuda.synchronize(self.device)
+            self.progress = self._progress()
 
     def _backward(self, step: int) -> None:
         settings = self.settings
@@ -208,6 +219,23 @@ class Trainer:
             f"step {self.step}  loss {self.loss:.4f}  agreement {measured.agreement:.3f}  "
             f"acceptance length {measured.mean_acceptance_length:.2f}  {tokens / 1e3:,.0f} ktok/s"
         )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: heard.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        before(signal.SIGINT, heard[-1])
 
 
 def _part(progress: float, parts: int) -> int:
