@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# A CPU build, small and known to pass. With a GPU: `make TORCH=<yours> ...`, or install it into
+# Known to pass; on some package indexes a CPU build, on others one with CUDA. With a GPU: `make TORCH=<yours> ...`, or install it into
 # $(VENV) first; what is there already is kept. torch comes before the package, which asks for any.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1

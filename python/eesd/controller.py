@@ -11,14 +11,15 @@ from eesd_kernels.thompson_look import thompson_look_op
 from eesd_kernels.thompson_update import thompson_update_op
 
 SCHEDULES = {
-    "thompson": Rule.CALIBRATED,
+    "thompson": Rule.COST,
     "cost": Rule.COST,
     "calibrated": Rule.CALIBRATED,
     "bernoulli": Rule.BERNOULLI,
     "constant": Rule.CONSTANT,
 }
-"""Values of `num_assistant_tokens_schedule`. `thompson`, the default, is the quickest rule on
-recorded traces (`bench.controller_replay`)."""
+"""Values of `num_assistant_tokens_schedule`. `thompson`, the default, is the cost rule: on recorded
+traces of 256 tokens the calibrated rule is within 0.5% of it either way, on shorter texts, where
+its eight posteriors still learn, behind it, and on hopeless drafts it costs a little more."""
 
 DEFAULT_DISCOUNT = 0.998
 """Weight of a round on the next. A posterior that forgets faster explores a hopeless head for ever:

@@ -191,7 +191,7 @@ def test_demo_texts_one_at_a_time(demo: Model, plain_texts: Any, name: str) -> N
         assert_same(demo, out.sequences, text[None], (name, i))
         steps += out.speculative.num_spec_steps
         accepted += out.speculative.num_accepted_draft_tokens
-    assert accepted > 0.3 * steps  # it was speculation that was tested
+    assert accepted > 0.5 * steps  # it was speculation that was tested
 
 
 @pytest.mark.parametrize("name", PROMPT_SETS)

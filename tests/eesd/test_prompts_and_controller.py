@@ -205,8 +205,8 @@ def test_cost_rule_serves_a_batch_with_one_length() -> None:
     assert got[2] == 0
 
 
-def test_thompson_is_the_calibrated_rule() -> None:
-    assert SCHEDULES["thompson"] is SCHEDULES["calibrated"] is Rule.CALIBRATED
+def test_thompson_is_the_cost_rule() -> None:
+    assert SCHEDULES["thompson"] is SCHEDULES["cost"] is Rule.COST
 
 
 def test_thompson_explores() -> None:
