@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Known to pass; on some package indexes a CPU build, on others one with CUDA. With a GPU: `make TORCH=<yours> ...`, or install it into
-# $(VENV) first; what is there already is kept. torch comes before the package, which asks for any.
+# Known to pass; on some package indexes a CPU build, on others one with CUDA. With a GPU:
+# `make TORCH=<yours> ...`, or install it into $(VENV) first; what is there already is kept. torch
+# comes before the package, which asks for any.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 WORKERS ?= 2
