@@ -261,3 +261,17 @@ def test_unsupported_config_is_refused_by_name(changes: dict[str, Any], message:
     assert ModelConfig.from_hf(config).head_size == 12
     with pytest.raises(ValueError, match=f"somewhere: {message}"):
         ModelConfig.from_hf({**config, **changes}, "somewhere")
+
+
+def test_transformers_loads_the_demo_model() -> None:
+    """Weights, tokenizer and greedy text of the embedded folder are the same there."""
+    demo = eesd.load("demo", device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(demo.folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.folder)
+    text = "Tom has 4 boxes of 6 pens. How many pens does he have?"
+    ids = demo.encode(text)
+    assert tokenizer(text)["input_ids"] == ids[0].tolist()
+    want = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+    )
+    assert torch.equal(eesd.generate(demo, ids, max_new_tokens=24), want)
