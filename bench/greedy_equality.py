@@ -18,7 +18,7 @@ from torch import Tensor
 import eesd
 from bench.prompts import add_data_argument, load_prompts
 from bench.results import write_results
-from eesd.cache import Block
+from eesd.cli.compare import plain_logits
 from eesd_kernels import _C
 
 NEAR_TIE = 1e-5
@@ -137,15 +137,9 @@ def _left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask.long()
 
 
-@torch.inference_mode()
 def _gap(model: eesd.Model, ids: Tensor) -> float:
-    backbone = model.backbone
-    cache = backbone.new_cache(1, len(ids), exit_layers=0)
-    where = Block(torch.zeros(1, dtype=torch.int32), torch.tensor([len(ids)], dtype=torch.int32))
-    hidden = backbone.run_layers(
-        backbone.embed(ids[None]), 0, model.config.num_layers, cache, where
-    )
-    best = backbone.logits(hidden[:, -1])[0].topk(2).values
+    """Between the two best logits behind a text."""
+    best = plain_logits(model, ids).topk(2).values
     return float(best[0] - best[1])
 
 

@@ -18,17 +18,16 @@ SCHEDULES = {
     "constant": Rule.CONSTANT,
 }
 """Values of `num_assistant_tokens_schedule`. `thompson`, the default, is the cost rule: on recorded
-traces of 256 tokens the calibrated rule is within 0.6% of it either way, on shorter texts, where
-its eight posteriors still learn, behind it, and on hopeless drafts it costs a little more."""
+traces the calibrated rule is no quicker on average, and costs more where drafts are hopeless
+(`controller_replay.json`)."""
 
 DEFAULT_DISCOUNT = 0.998
-"""Weight of a round on the next. A posterior that forgets faster explores a hopeless head for ever:
-at 0.98 its drafts cost 4 to 6% over plain decoding, at 0.998 under 1% once the posterior is carried
-over (`bench.controller_replay`)."""
+"""Weight of a round on the next. A posterior that forgets faster goes back to its prior, and
+explores a hopeless head for ever (`python -m bench.controller_replay --discount 0.98`)."""
 
 PRIOR_WEIGHT = 0.5
-"""Share of the measured prior's strength that a fresh posterior starts with: a head that does not
-fit a text is dropped after half as many drafts, for 0.2% on those it does fit."""
+"""Share of the measured prior's strength that a fresh posterior starts with, so that a head that
+does not fit a text is dropped sooner (`bench.controller_replay --prior` tries others)."""
 
 
 @dataclass(frozen=True)

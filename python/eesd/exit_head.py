@@ -91,11 +91,11 @@ class ExitHead:
             else backbone.lm_head,
         )
 
-    def save(self, folder: Path, shape_of: Llama) -> None:
+    def save(self, folder: Path, backbone: Llama) -> None:
         """Write the head's folder; it appears whole or not at all."""
         if self.layer is None:
             raise ValueError("a bare early exit has no weights to save")
-        tensors = self.layer.named("exit_layer.", shape_of.config)
+        tensors = self.layer.named("exit_layer.", backbone.config)
         tensors["norm.weight"] = self.norm
         if self.config.own_lm_head:
             tensors["lm_head.weight"] = self.lm_head

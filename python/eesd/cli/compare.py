@@ -115,12 +115,12 @@ def _first_difference(
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     if config.do_sample or at == len(pairs):
         return Difference(at - ids.shape[1], None)
-    logits = _plain_logits(model, plain.sequences[0, :at])
+    logits = plain_logits(model, plain.sequences[0, :at])
     return Difference(at - ids.shape[1], float(logits[want[at]] - logits[got[at]]))
 
 
 @torch.inference_mode()
-def _plain_logits(model: Model, prefix: Tensor) -> Tensor:
+def plain_logits(model: Model, prefix: Tensor) -> Tensor:
     """Logits `[V]` behind a prefix, its last token run alone as plain decoding runs it."""
     cache = model.backbone.new_cache(1, len(prefix) + 1, exit_layers=0)
     engine = Engine(model.backbone, None, cache)
