@@ -2,10 +2,11 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported
 
 
 @pytest.fixture(autouse=True)

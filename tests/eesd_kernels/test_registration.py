@@ -53,7 +53,7 @@ def test_equals_its_reference(op: str):
 
 @pytest.mark.parametrize("op", SAMPLES)
 def test_same_signature_as_its_reference(op: str):
-    public = list(inspect.signature(getattr(ek, op)).parameters)
+    public = [p for p in inspect.signature(getattr(ek, op)).parameters if p != "out"]
     spec = [
         p
         for p in inspect.signature(getattr(reference, op)).parameters

@@ -1,0 +1,61 @@
+"""Philox4x32-10 (Salmon et al., SC 2011) and what is made of its words, for use inside kernels.
+
+The words equal those of `csrc/include/eesd/philox.h` and of the reference bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds; every argument and result uint32, of one shape."""
+    for _ in tl.static_range(10):
+        h0, l0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        h1, l1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words_of(index, position, base, purpose, seed):
+    """The four words of the call at `index`: position, base int32, seed int64, as stored."""
+    c0 = index.to(tl.uint32)
+    zero = c0 ^ c0
+    c1 = zero + position.to(tl.uint32, bitcast=True)
+    c2 = zero + base.to(tl.uint32, bitcast=True)
+    c3 = zero + purpose
+    s = seed.to(tl.uint64, bitcast=True)
+    k0 = zero + (s & 0xFFFFFFFF).to(tl.uint32)
+    k1 = zero + (s >> 32).to(tl.uint32)
+    return philox4x32(c0, c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def words_of_ids(ids, position, base, purpose, seed, node=0):
+    """The word of each id: word `id mod 4` of the call at `id div 4` (+ node * 2^26)."""
+    index = (ids // 4).to(tl.uint32) + node * (1 << 26)
+    w0, w1, w2, w3 = words_of(index, position, base, purpose, seed)
+    lane = ids % 4
+    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def accept_uniform(word):
+    """24 bits in [0, 1), exact in float32."""
+    return (word >> 8).to(tl.float32) * (1.0 / (1 << 24))
+
+
+@triton.jit
+def log_race(word):
+    """`log E` of the race noise `E = -log1p(-u)`, u = (word + 0.5) / 2^32 at most 1 - 2^-24."""
+    # An odd 33-bit integer, so that (word + 0.5) / 2^32 is rounded to float32 once.
+    u = (word.to(tl.uint64) * 2 + 1).to(tl.float32) * (1.0 / (1 << 33))
+    u = tl.minimum(u, 1.0 - 1.0 / (1 << 24))
+    # log1p(-u) without libdevice: 1 - u is exact to half an ulp for u >= 1/2; below, the quotient
+    # log(y) (-u) / (y - 1) repairs the rounding of y = 1 - u (Kahan; HP-15C handbook, 1982).
+    y = 1.0 - u
+    e = tl.where(y == 1.0, u, tl.log(y) * u / (y - 1.0))
+    return tl.log(e)
