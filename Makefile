@@ -17,11 +17,11 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc -ty
 HAS = $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("$(1)") is None)'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test lint types unit wheel format bench clean distclean
+.PHONY: help install demo test lint types unit wheel format bench check-results clean distclean
 .NOTPARALLEL:
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1@/p' $(MAKEFILE_LIST) | while IFS=@ read -r t d; do printf '%-10s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | while IFS=@ read -r t d; do printf '%-13s %s\n' "$$t" "$$d"; done
 
 $(ENVIRONMENT):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ format: $(INSTALLED) ## let ruff rewrite
 
 bench: $(INSTALLED) ## every bench in turn; results go to bench/results
 	@for m in $(BENCHES); do $(BIN)/python -m bench.$$m || exit 1; done
+
+check-results: $(INSTALLED) ## every file of bench/results has the form that the benches promise
+	$(BIN)/python -m bench.check_results
 
 clean: ## remove what was built
 	rm -rf build dist eesd_kernels/_C.*.so *.egg-info python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

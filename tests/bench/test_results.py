@@ -1,0 +1,41 @@
+"""The result files are in order, and what is not in order is seen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.check_results import problems
+from bench.results import ROOT
+
+FILES = sorted(ROOT.rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_in_order(path: Path) -> None:
+    assert not list(problems(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"commit": None}, "commit: expected str, got None"),
+        ({"commit": "abc"}, "commit: expected"),
+        ({"machine": "h200"}, "machine: expected 'cpu'"),
+        ({"command": "python -m bench.nothing"}, "command: expected python -m bench"),
+        ({"command": "python -m bench.main_job --out /tmp"}, "no path of a machine"),
+        ({"rows": []}, "rows: expected at least one"),
+        ({"rows": [{"V": "32k"}]}, r"rows[0]: V: expected a size, got '32k'"),
+        ({"rows": [{"x_linear": -1.0}]}, "x_linear: expected a number above 0"),
+        ({"rows": [{"ids_equal": "yes"}]}, "ids_equal: expected true or false"),
+        ({"rows": [{"ceiling_share": 45.0}]}, "ceiling_share: expected a share"),
+        ({"rows": [{"us": 3.0, "us_p20": 4.0}]}, "us_p20 <= us <= us_p80"),
+    ],
+)
+def test_sees_what_is_wrong(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    content = json.loads((ROOT / "cpu" / "main_job.json").read_text(encoding="utf-8"))
+    path = tmp_path / "cpu" / "main_job.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    assert any(said in text for text in problems(path))
