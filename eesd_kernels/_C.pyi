@@ -15,17 +15,17 @@ def sample_beta(
 ) -> None: ...
 def thompson_draft_length(
     alpha: int, beta: int, cap: int, rule: int, costs: int, seed: int, position: int, batch: int,
-    buckets: int, num_costs: int, length: int, stream: int | None, /,
+    buckets: int, num_costs: int, length: int, credit: int, stream: int | None, /,
 ) -> None: ...
 def thompson_look(
     alpha: int, beta: int, cap: int, costs: int, exit_cost: float, seed: int, position: int,
     top_prob: int, batch: int, buckets: int, num_costs: int, step: int, length: int, bucket: int,
-    run: int, looking: int, stream: int | None, /,
+    run: int, looking: int, credit: int, stream: int | None, /,
 ) -> None: ...
 def thompson_update(
     alpha: int, beta: int, prior_alpha: int, prior_beta: int, drafted: int, accepted: int,
-    bucket: int, batch: int, buckets: int, max_draft: int, discount: float,
-    stream: int | None, /,
+    bucket: int, batch: int, buckets: int, max_draft: int, discount: float, credit: int,
+    token_credit: float, credit_limit: float, stream: int | None, /,
 ) -> None: ...
 def linear(
     x: int, weight: int, out: int, rows: int, in_features: int, out_features: int,
@@ -43,8 +43,8 @@ def rope_cache_write(
 ) -> None: ...
 def tree_attention(
     q: int, k_cache: int, v_cache: int, batch_stride: int, lengths: int, num_rows: int,
-    ancestry: int, scale: float, batch: int, rows: int, heads: int, kv_heads: int,
-    head_size: int, slots: int, out: int, /,
+    ancestry: int, window: int, scale: float, batch: int, rows: int, heads: int,
+    kv_heads: int, head_size: int, slots: int, out: int, /,
 ) -> None: ...
 def topk_logsumexp(
     logits: int, rows: int, vocab: int, k: int, values: int, ids: int, logsumexp: int, /

@@ -83,6 +83,7 @@ def thompson_draft_length_cpu(
     costs: Tensor,
     seed: Tensor,
     position: Tensor,
+    credit: Tensor | None = None,
     stream: int | None = None,
 ) -> Tensor:
     """The dtypes of the public function; alpha, beta `[B]`, or `[B, buckets]` if calibrated."""
@@ -94,18 +95,20 @@ def thompson_draft_length_cpu(
     )
     seed, position = seed.contiguous(), position.contiguous()
     length = torch.empty_like(cap)
+    written = None if credit is None else credit.contiguous()
     _C.thompson_draft_length(
         alpha.data_ptr(), beta.data_ptr(), cap.data_ptr(), rule, costs.data_ptr(), seed.data_ptr(),
         position.data_ptr(), cap.shape[0], alpha.shape[1] if alpha.dim() == 2 else 1,
-        costs.shape[0], length.data_ptr(), stream,
+        costs.shape[0], length.data_ptr(), _address(written), stream,
     )  # fmt: skip
+    _copy_back([written], (credit,))
     return length
 
 
-def _copy_back(written: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
+def _copy_back(written: list[Tensor | None], outputs: tuple[Tensor | None, ...]) -> None:
     """Strided outputs were written as contiguous copies."""
     for copy, output in zip(written, outputs, strict=True):
-        if copy.data_ptr() != output.data_ptr():
+        if copy is not None and output is not None and copy.data_ptr() != output.data_ptr():
             output.copy_(copy)
 
 
@@ -123,6 +126,7 @@ def thompson_look_cpu(
     bucket: Tensor,
     run: Tensor,
     looking: Tensor,
+    credit: Tensor | None = None,
     stream: int | None = None,
 ) -> None:
     """The dtypes and shapes of the public function."""
@@ -133,13 +137,14 @@ def thompson_look_cpu(
         costs.contiguous(),
     )
     seed, position, top_prob = seed.contiguous(), position.contiguous(), top_prob.contiguous()
-    outputs = length, bucket, run, looking
-    written = [x.contiguous() for x in outputs]
-    addresses = [x.data_ptr() for x in written]
+    outputs = length, bucket, run, looking, credit
+    written = [None if x is None else x.contiguous() for x in outputs]
+    addresses = [_address(x) for x in written]
     _C.thompson_look(
         alpha.data_ptr(), beta.data_ptr(), cap.data_ptr(), costs.data_ptr(), exit_cost,
         seed.data_ptr(), position.data_ptr(), top_prob.data_ptr(), alpha.shape[0], alpha.shape[1],
-        costs.shape[0], step, addresses[0], addresses[1], addresses[2], addresses[3], stream,
+        costs.shape[0], step, addresses[0], addresses[1], addresses[2], addresses[3], addresses[4],
+        stream,
     )  # fmt: skip
     _copy_back(written, outputs)
 
@@ -153,19 +158,22 @@ def thompson_update_cpu(
     accepted: Tensor,
     discount: float,
     bucket: Tensor | None = None,
+    credit: Tensor | None = None,
+    token_credit: float = 1.0,
+    credit_limit: float = float("inf"),
     stream: int | None = None,
 ) -> None:
     """The dtypes and shapes of the public function."""
     prior_alpha, prior_beta = prior_alpha.contiguous(), prior_beta.contiguous()
     drafted, accepted = drafted.contiguous(), accepted.contiguous()
     bucket = None if bucket is None else bucket.contiguous()
-    outputs = alpha, beta
-    written = [x.contiguous() for x in outputs]
+    outputs = alpha, beta, credit
+    written = [None if x is None else x.contiguous() for x in outputs]
     _C.thompson_update(
-        written[0].data_ptr(), written[1].data_ptr(), prior_alpha.data_ptr(), prior_beta.data_ptr(),
+        _address(written[0]), _address(written[1]), prior_alpha.data_ptr(), prior_beta.data_ptr(),
         drafted.data_ptr(), accepted.data_ptr(), _address(bucket), drafted.shape[0],
         1 if bucket is None else alpha.shape[1], 0 if bucket is None else bucket.shape[1],
-        discount, stream,
+        discount, _address(written[2]), token_credit, credit_limit, stream,
     )  # fmt: skip
     _copy_back(written, outputs)
 
@@ -241,8 +249,8 @@ def tree_attention_cpu(
     block_table: Tensor | None,
     window: int | None,
 ) -> Tensor | None:
-    """q `[B, T, Hq, D]` float32 over a float32 contiguous cache, without a window."""
-    if block_table is not None or window is not None:
+    """q `[B, T, Hq, D]` float32 over a float32 contiguous cache."""
+    if block_table is not None:
         return None
     plain = _cache_is_plain(k_cache) and _cache_is_plain(v_cache)
     same = k_cache.stride(0) == v_cache.stride(0)
@@ -254,8 +262,8 @@ def tree_attention_cpu(
     out = torch.empty_like(q)
     _C.tree_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0),
-        lengths.data_ptr(), num_rows.data_ptr(), _address(ancestry), scale, batch, rows, heads,
-        k_cache.shape[2], head_size, k_cache.shape[1], out.data_ptr(),
+        lengths.data_ptr(), num_rows.data_ptr(), _address(ancestry), window or 0, scale, batch,
+        rows, heads, k_cache.shape[2], head_size, k_cache.shape[1], out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -312,6 +320,10 @@ def verify_linear_cpu(
     q_ids: Tensor | None,
     q_probs: Tensor | None,
     law: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     *rest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Float32 logits, sparse q and no block rows; the rest by name in `eesd/verify.h`."""
@@ -319,7 +331,13 @@ def verify_linear_cpu(
         return None
     if bool((law == Law.BLOCK).any()):
         return None
-    given = (target_logits, draft_ids, draft_length, q_ids, q_probs, law, *rest)
+    filters = (  # None: off in every sequence
+        torch.zeros_like(law) if top_k is None else top_k,
+        torch.ones_like(temperature) if top_p is None else top_p,
+        torch.zeros_like(temperature) if min_p is None else min_p,
+    )
+    given = (target_logits, draft_ids, draft_length, q_ids, q_probs, law, temperature, *filters,
+             *rest)  # fmt: skip
     tensors = [t.contiguous() for t in given]  # kept: their addresses are used below
     batch, width, vocab = target_logits.shape
     num_accepted = torch.empty(batch, dtype=torch.int32)

@@ -17,12 +17,12 @@ from eesd_kernels.laws import Rule
 
 thompson_draft_length_op = register(
     "thompson_draft_length(Tensor alpha, Tensor beta, Tensor cap, int rule, Tensor costs,"
-    " Tensor seed, Tensor position) -> Tensor",
+    " Tensor seed, Tensor position, Tensor(a!)? credit=None) -> Tensor",
     reference=reference.thompson_draft_length,
     cpu=thompson_draft_length_cpu,
     cuda=thompson_draft_length_cuda,
     cuda_is="CUDA",
-    fake=lambda alpha, beta, cap, *_: cap.new_empty(cap.shape),
+    fake=lambda alpha, beta, cap, *_, **__: cap.new_empty(cap.shape),
 )
 
 _RULES = frozenset(Rule)
@@ -36,6 +36,7 @@ def thompson_draft_length(
     costs: Tensor,
     seed: Tensor,
     position: Tensor,
+    credit: Tensor | None = None,
 ) -> Tensor:
     """Choose each sequence's draft length.
 
@@ -48,10 +49,15 @@ def thompson_draft_length(
             at least the largest cap (on CUDA a larger cap counts as K). Read by cost and
             calibrated.
         seed: `[B]` int64. position: `[B]` int32, cached tokens when the round begins.
+        credit: `[B]` float32, written: plain steps (rounds of length 0) that a sequence may still
+            lose to drafts; None: no bound. Read by cost and calibrated, which charge the round
+            to it: `C(L) / C(0)` of the longest draft L, shared by the sequences of the round.
+            `thompson_update` adds what the tokens bring.
 
     Returns:
-        `[B]` int32 draft lengths, 0 to cap; 0 for a sequence out of the round or with a
-        posterior that is not positive and finite (constant reads no posterior).
+        `[B]` int32 draft lengths, 0 to cap; 0 for a sequence out of the round, or with a
+        posterior that is not positive and finite (constant reads no posterior) or a credit that
+        is not finite.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype, device or range.
@@ -67,6 +73,8 @@ def thompson_draft_length(
     check.tensor("costs", costs, ("K+1",), torch.float32)
     check.tensor("seed", seed, ("B",), torch.int64)
     check.tensor("position", position, ("B",), torch.int32)
+    if credit is not None:
+        check.tensor("credit", credit, ("B",), torch.float32)
     check.size("K+1", 1)
     if rule == Rule.CALIBRATED:
         check.size("buckets", 1)
@@ -75,4 +83,4 @@ def thompson_draft_length(
             f"thompson_draft_length: costs: expected at least {int(cap.max()) + 1} entries "
             f"(largest cap {int(cap.max())}), got {costs.shape[0]}"
         )
-    return thompson_draft_length_op(alpha, beta, cap, int(rule), costs, seed, position)
+    return thompson_draft_length_op(alpha, beta, cap, int(rule), costs, seed, position, credit)

@@ -26,12 +26,12 @@ from eesd_kernels._library import register
 thompson_look_op = register(
     "thompson_look(Tensor alpha, Tensor beta, Tensor cap, Tensor costs, float exit_cost,"
     " Tensor seed, Tensor position, int step, Tensor top_prob, Tensor(a!) length,"
-    " Tensor(b!) bucket, Tensor(c!) run, Tensor(d!) looking) -> ()",
+    " Tensor(b!) bucket, Tensor(c!) run, Tensor(d!) looking, Tensor(e!)? credit=None) -> ()",
     reference=reference.thompson_look,
     cpu=thompson_look_cpu,
     cuda=thompson_look_cuda,
     cuda_is="CUDA",
-    fake=lambda *_: None,
+    fake=lambda *_, **__: None,
 )
 
 
@@ -49,6 +49,7 @@ def thompson_look(
     bucket: Tensor,
     run: Tensor,
     looking: Tensor,
+    credit: Tensor | None = None,
 ) -> None:
     """Decide one draft step of every row.
 
@@ -68,6 +69,9 @@ def thompson_look(
         run: `[B, 3]` float32, written: the chance that all are accepted, the tokens expected of
             the round, and theta.
         looking: `[B]` int32, written: 1 where the next exit step is wanted.
+        credit: `[B]` float32, written: plain steps (rounds of length 0) that a sequence may still
+            lose; None: no bound. Each pays for its own looks and tokens, before they are made.
+            A credit that is not finite drafts nothing.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype, device or range.
@@ -86,9 +90,11 @@ def thompson_look(
     check.tensor("bucket", bucket, ("B", costs.shape[0] - 1), torch.int32)
     check.tensor("run", run, ("B", 3), torch.float32)
     check.tensor("looking", looking, ("B",), torch.int32)
+    if credit is not None:
+        check.tensor("credit", credit, ("B",), torch.float32)
     check.number("exit_cost", exit_cost, 0.0, float("inf"))
     check.integer("step", step, 0, costs.shape[0] - 1)
     thompson_look_op(
         alpha, beta, cap, costs, float(exit_cost), seed, position, step, top_prob, length, bucket,
-        run, looking,
+        run, looking, credit,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fold a round's outcome into the Beta posteriors, in place; the rule stands in the reference."""
+"""Fold a round's outcome into posteriors and credits, in place; the reference has the rule."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from eesd_kernels._library import register
 
 thompson_update_op = register(
     "thompson_update(Tensor(a!) alpha, Tensor(b!) beta, Tensor prior_alpha, Tensor prior_beta,"
-    " Tensor drafted, Tensor accepted, float discount, Tensor? bucket=None) -> ()",
+    " Tensor drafted, Tensor accepted, float discount, Tensor? bucket=None,"
+    " Tensor(c!)? credit=None, float token_credit=1.0, float credit_limit=1e300) -> ()",
     reference=reference.thompson_update,
     cpu=thompson_update_cpu,
     cuda=thompson_update_cuda,
     cuda_is="CUDA",
-    fake=lambda *_: None,
+    fake=lambda *_, **__: None,
 )
 
 
@@ -30,6 +31,9 @@ def thompson_update(
     *,
     discount: float = 1.0,
     bucket: Tensor | None = None,
+    credit: Tensor | None = None,
+    token_credit: float = 1.0,
+    credit_limit: float = float("inf"),
 ) -> None:
     """Update posteriors after a round.
 
@@ -40,6 +44,10 @@ def thompson_update(
         accepted: `[B]` int32, at most drafted.
         discount: 0 to 1; 1 forgets nothing.
         bucket: `[B, K]` int32 as `thompson_look` left it: the bucket of each draft token.
+        credit: `[B]` float32, written in place, as the plan left it.
+        token_credit: plain steps that each of the round's `accepted + 1` tokens adds to the
+            credit; what is above 1 is a sequence's allowance for losing.
+        credit_limit: what a sequence may save up, and so lose from any moment on.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype, device or range.
@@ -58,5 +66,12 @@ def thompson_update(
     if bucket is not None:
         check.tensor("bucket", bucket, ("B", "K"), torch.int32)
         check.size("buckets", 1)
+    if credit is not None:
+        check.tensor("credit", credit, ("B",), torch.float32)
     check.number("discount", discount, 0.0, 1.0)
-    thompson_update_op(alpha, beta, prior_alpha, prior_beta, drafted, accepted, discount, bucket)
+    check.number("token_credit", token_credit, 0.0, float("inf"))
+    check.number("credit_limit", credit_limit, 0.0, float("inf"))
+    thompson_update_op(
+        alpha, beta, prior_alpha, prior_beta, drafted, accepted, discount, bucket, credit,
+        float(token_credit), float(credit_limit),
+    )  # fmt: skip

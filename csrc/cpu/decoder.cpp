@@ -33,7 +33,7 @@ void attend_one(void* context, int64_t index) {
     return;
   }
   const int64_t length = p.lengths[b], kv_head = head / (p.heads / p.kv_heads);
-  const int64_t offset = b * p.batch_stride + kv_head * p.head_size;
+  int64_t offset = b * p.batch_stride + kv_head * p.head_size;
   static thread_local std::vector<float> scores;
   static thread_local std::vector<int32_t> slots;
   const int32_t* slot = nullptr;
@@ -50,6 +50,14 @@ void attend_one(void* context, int64_t index) {
         if (mask >> j & 1) slots[count++] = static_cast<int32_t>(length + j);
       }
       slot = slots.data();
+    }
+    // In place and in a list alike, a position is its index; the last is the row's own.
+    const int64_t hidden = p.window ? std::max<int64_t>(count - p.window, 0) : 0;
+    count -= hidden;
+    if (slot) {
+      slot += hidden;
+    } else {
+      offset += hidden * p.kv_heads * p.head_size;
     }
   } catch (const std::bad_alloc&) {
     job.failed = true;
@@ -135,7 +143,7 @@ eesd_status eesd_tree_attention_cpu(const eesd_tree_attention_params* params) {
   using namespace eesd::cpu;
   const eesd_tree_attention_params& p = *params;
   if (p.kv_heads < 1 || p.heads % p.kv_heads || !block_fits(p)) return EESD_ERROR_SIZE;
-  if (p.ancestry && p.rows > 64) return EESD_ERROR_SIZE;
+  if (p.window < 0 || (p.ancestry && p.rows > 64)) return EESD_ERROR_SIZE;
   AttentionJob job{&p, kernels().attend_row, {false}};
   int64_t work = 0;
   for (int64_t b = 0; b < p.batch; ++b) {

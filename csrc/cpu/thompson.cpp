@@ -21,13 +21,22 @@ plan_posterior row_posterior(const eesd_thompson_draft_length_params& p, int64_t
   return plan_posterior{p.alpha[b], p.beta[b], 0u};
 }
 
+bool in_round(const eesd_thompson_draft_length_params& p, int64_t b) {
+  return p.cap[b] >= 0 && (!p.credit || credit_ok(p.credit[b]));
+}
+
 // One L for the batch. Rows that have no part in it are given length 0 on the way.
 void plan_by_cost(const eesd_thompson_draft_length_params& p) {
-  int64_t longest = 0, best_length = 0;
+  int64_t longest = 0, best_length = 0, rows = 0;
+  double credits[kPlanLanes] = {};
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t cap = clamp_cap(p.cap[b], p.num_costs);
     longest = cap > longest ? cap : longest;
+    if (!p.credit || !in_round(p, b)) continue;
+    credits[b % kPlanLanes] += static_cast<double>(p.credit[b]);
+    ++rows;
   }
+  const double credit = sum_lanes(credits), plain = static_cast<double>(p.costs[0]);
   double best = 0.0, sums[kTile][kPlanLanes];
   for (int64_t tile = 0; tile <= longest; tile += kTile) {
     const int64_t end = longest + 1 < tile + kTile ? longest + 1 : tile + kTile;
@@ -37,7 +46,7 @@ void plan_by_cost(const eesd_thompson_draft_length_params& p) {
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t cap = clamp_cap(p.cap[b], p.num_costs);
       const float theta =
-          cap < 0 ? -1.0f : draw_theta(row_posterior(p, b), p.seed[b], p.position[b]);
+          in_round(p, b) ? draw_theta(row_posterior(p, b), p.seed[b], p.position[b]) : -1.0f;
       p.length[b] = theta < 0.0f ? 0 : static_cast<int32_t>(cap);
       if (theta < 0.0f) continue;
       expected_tokens e = tokens_advance(tokens_start(), theta, cap < tile ? cap : tile);
@@ -47,15 +56,24 @@ void plan_by_cost(const eesd_thompson_draft_length_params& p) {
       }
     }
     for (int64_t l = tile; l < end; ++l) {
-      const double rate = sum_lanes(sums[l - tile]) / static_cast<double>(p.costs[l]);
+      const double cost = static_cast<double>(p.costs[l]);
+      const double more = (cost - plain) * static_cast<double>(rows);
+      if (p.credit && !affordable(more, credit, plain)) continue;
+      const double rate = sum_lanes(sums[l - tile]) / cost;
       if (rate > best) {
         best = rate;
         best_length = l;
       }
     }
   }
+  float left = 0.0f;
+  if (rows > 0) {
+    const double price = static_cast<double>(p.costs[best_length]) / plain;
+    left = static_cast<float>(credit / static_cast<double>(rows) - price);
+  }
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.length[b] > best_length) p.length[b] = static_cast<int32_t>(best_length);
+    if (p.credit && in_round(p, b)) p.credit[b] = left;
   }
 }
 

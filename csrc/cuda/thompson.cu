@@ -29,6 +29,7 @@ constexpr int kTries = 2;       // threads a row: attempts of a draw that are ma
 constexpr int kLengths = 16;    // at once
 constexpr int kSumThreads = 8;  // a length: each has four lanes of the sum
 constexpr int kLeastThreads = kLengths * kSumThreads;  // every length has its own
+constexpr int kCreditThreads = 32;                     // a warp more, where there is credit to sum
 constexpr int kMostThreads = kRows * kTries;
 constexpr int kStride = kRows + kSumThreads;  // neighbouring lengths lie in other banks
 static_assert(kPlanLanes == 32 && kPlanLanes == 4 * kSumThreads, "the sum below is written for it");
@@ -74,21 +75,32 @@ __device__ __forceinline__ float draw_theta_together(const plan_posterior& post,
 // One block is all there is: said, or ptxas spills on sm_80 to make room for a second.
 __global__ void __launch_bounds__(kMostThreads, 1)
     plan_by_cost_kernel(eesd_thompson_draft_length_params p) {
-  __shared__ double tokens[kLengths][kStride];  // E of each row at each length
-  __shared__ double rates[kLengths];
+  __shared__ double tokens[kLengths + 1][kStride];  // E of each row at each length; its credit
+  __shared__ double rates[kLengths + 1];            // the last: the sum of the credits
   __shared__ int warp_longest[32];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int row = thread / kTries;
-  const int slot = thread / kSumThreads, part = thread % kSumThreads;  // of a length's sum
-  const bool summing = thread < kLeastThreads, speaks = thread % kTries == 0;
+  const bool guarded = p.credit != nullptr;
+  const int own_slot = thread / kSumThreads, part = thread % kSumThreads;  // of a length's sum
+  const int slot = own_slot < kLengths ? own_slot : kLengths;  // the last: the credits' sum
+  const bool summing = thread < kLeastThreads + (guarded ? kCreditThreads : 0);
+  const bool speaks = thread % kTries == 0;
   const bool one_chunk = p.batch <= kRows;  // the usual case: a row's state stays in registers
   double best = 0.0;
   int64_t best_length = 0, longest = 0;
   int cap = -1, own = 0, seen = 0;  // the row's cap and longest draft; the largest cap so far
-  float theta = -1.0f;
+  float theta = -1.0f, credit = 0.0f;
+  bool member = false;  // of those that share their credit
+  int members = 0;
+  const float plain = p.costs[0];
+  float best_cost = plain;
+  double credits = 0.0;
   expected_tokens e{0.0, 0.0};
   for (int64_t tile = 0; tile <= longest; tile += kLengths) {
     const float cost = summing && tile + slot < p.num_costs ? p.costs[tile + slot] : 1.0f;
+    const int64_t candidate = tile + lane % kLengths;  // that this thread tries the price of
+    const float candidate_cost = guarded && candidate < p.num_costs ? p.costs[candidate] : plain;
+    members = 0;
     double s[4] = {0.0, 0.0, 0.0, 0.0};  // lanes part, part + 8, + 16 and + 24 of the sum
     for (int64_t chunk = 0; chunk < p.batch; chunk += kRows) {
       const int64_t b = chunk + row;
@@ -103,11 +115,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           position = p.position[b];
           cap = static_cast<int>(clamp_cap(p.cap[b], p.num_costs));
           post = row_posterior(p, b);
+          if (guarded) credit = p.credit[b];
         }
+        const bool in_round = cap >= 0 && credit_ok(credit);
+        member = guarded && in_round;
         // A maximum a warp, not an atomic: nothing has to be zeroed, and waited for, before it.
         seen = __reduce_max_sync(~0u, cap > seen ? cap : seen);
         if (lane == 0) warp_longest[thread / 32] = seen;
-        theta = draw_theta_together(post, seed, position, cap >= 0);
+        theta = draw_theta_together(post, seed, position, in_round);
         // Rows without a say add +0, which changes no sum's bits; so do those past the batch.
         own = theta < 0.0f ? 0 : cap;
         e.power = e.total = theta < 0.0f ? 0.0 : 1.0;
@@ -124,8 +139,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
           if (l <= steps && (l > 0 || tile > 0)) e = tokens_advance(e, theta, 1);
           tokens[l][row] = e.total;
         }
+        if (guarded) tokens[kLengths][row] = member ? static_cast<double>(credit) : 0.0;
       }
-      __syncthreads();
+      if (guarded) {
+        members += __syncthreads_count(speaks && member);
+      } else {
+        __syncthreads();
+      }
       if (summing) {
         const int64_t left = p.batch - chunk;
         const int rows = left < kRows ? static_cast<int>(left) : kRows;
@@ -146,15 +166,21 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       double sum = (s[0] + s[2]) + (s[1] + s[3]);
 #pragma unroll
       for (int width = 4; width > 0; width /= 2) sum += __shfl_xor_sync(~0u, sum, width);
-      if (part == 0) {
+      if (part == 0 && own_slot < kLengths) {
         const double rate = tile + slot <= longest ? sum / static_cast<double>(cost) : 0.0;
         rates[slot] = rate > 0.0 ? rate : 0.0;  // what is not above 0, NaN too, never wins
       }
+      if (part == 0 && own_slot == kLengths) rates[kLengths] = sum;
     }
     __syncthreads();
     // Every warp finds the largest, and of equal ones the first: doubles from +0 up are ordered as
     // their bits are. The next tile writes `rates` after a barrier that these reads are before.
-    const double rate = rates[lane % kLengths];
+    double rate = rates[lane % kLengths];
+    if (guarded) {
+      credits = rates[kLengths];
+      const double more = static_cast<double>(candidate_cost) - static_cast<double>(plain);
+      if (!affordable(more * members, credits, plain)) rate = 0.0;
+    }
     const unsigned high = static_cast<unsigned>(__double2hiint(rate));
     const unsigned low = static_cast<unsigned>(__double2loint(rate));
     const unsigned top_high = __reduce_max_sync(~0u, high);
@@ -164,12 +190,19 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     if (top > best) {
       best = top;
       best_length = tile + __ffs(static_cast<int>(tops)) - 1;
+      best_cost = __shfl_sync(~0u, candidate_cost, __ffs(static_cast<int>(tops)) - 1);
     }
   }
+  const double price = static_cast<double>(best_cost) / static_cast<double>(plain);
+  const float left = static_cast<float>(credits / static_cast<double>(members) - price);
   const int chosen = static_cast<int>(best_length);
   for (int64_t b = row; speaks && b < p.batch; b += kRows) {
-    if (!one_chunk) own = p.length[b];  // what this thread wrote
+    if (!one_chunk) {
+      own = p.length[b];  // what this thread wrote
+      member = guarded && p.cap[b] >= 0 && credit_ok(p.credit[b]);
+    }
     p.length[b] = own < chosen ? own : chosen;
+    if (member) p.credit[b] = left;
   }
 }
 
@@ -224,7 +257,8 @@ eesd_status eesd_thompson_draft_length_cuda(const eesd_thompson_draft_length_par
   if (p.rule == EESD_RULE_COST || p.rule == EESD_RULE_CALIBRATED) {
     // Threads for the rows up to the next multiple of 32, which the sum runs over.
     const int64_t rows = blocks_for(p.batch < kRows ? p.batch : kRows, 32) * 32;
-    const int64_t threads = rows * kTries < kLeastThreads ? kLeastThreads : rows * kTries;
+    const int64_t least = kLeastThreads + (p.credit ? kCreditThreads : 0);
+    const int64_t threads = rows * kTries < least ? least : rows * kTries;
     plan_by_cost_kernel<<<1, static_cast<unsigned>(threads), 0, stream_of(stream)>>>(p);
     return launched();
   }

@@ -95,7 +95,7 @@ void sample_beta(uintptr_t alpha, uintptr_t beta, uintptr_t seed, uintptr_t posi
 
 void thompson_draft_length(uintptr_t alpha, uintptr_t beta, uintptr_t cap, int32_t rule,
                            uintptr_t costs, uintptr_t seed, uintptr_t position, int64_t batch,
-                           int64_t buckets, int64_t num_costs, uintptr_t length,
+                           int64_t buckets, int64_t num_costs, uintptr_t length, uintptr_t credit,
                            std::optional<uintptr_t> stream) {
   eesd_thompson_draft_length_params p{};
   p.alpha = pointer<const float>(alpha);
@@ -109,6 +109,7 @@ void thompson_draft_length(uintptr_t alpha, uintptr_t beta, uintptr_t cap, int32
   p.num_costs = num_costs;
   p.rule = rule;
   p.length = pointer<int32_t>(length);
+  p.credit = pointer<float>(credit);
   call_on(stream, eesd_thompson_draft_length_cpu, EESD_CUDA(eesd_thompson_draft_length_cuda), p,
           batch > 256, "thompson_draft_length");
 }
@@ -117,7 +118,7 @@ void thompson_look(uintptr_t alpha, uintptr_t beta, uintptr_t cap, uintptr_t cos
                    double exit_cost, uintptr_t seed, uintptr_t position, uintptr_t top_prob,
                    int64_t batch, int64_t buckets, int64_t num_costs, int64_t step,
                    uintptr_t length, uintptr_t bucket, uintptr_t run, uintptr_t looking,
-                   std::optional<uintptr_t> stream) {
+                   uintptr_t credit, std::optional<uintptr_t> stream) {
   eesd_thompson_look_params p{};
   p.alpha = pointer<const float>(alpha);
   p.beta = pointer<const float>(beta);
@@ -135,14 +136,15 @@ void thompson_look(uintptr_t alpha, uintptr_t beta, uintptr_t cap, uintptr_t cos
   p.bucket = pointer<int32_t>(bucket);
   p.run = pointer<float>(run);
   p.looking = pointer<int32_t>(looking);
+  p.credit = pointer<float>(credit);
   call_on(stream, eesd_thompson_look_cpu, EESD_CUDA(eesd_thompson_look_cuda), p, batch > 256,
           "thompson_look");
 }
 
 void thompson_update(uintptr_t alpha, uintptr_t beta, uintptr_t prior_alpha, uintptr_t prior_beta,
                      uintptr_t drafted, uintptr_t accepted, uintptr_t bucket, int64_t batch,
-                     int64_t buckets, int64_t max_draft, double discount,
-                     std::optional<uintptr_t> stream) {
+                     int64_t buckets, int64_t max_draft, double discount, uintptr_t credit,
+                     double token_credit, double credit_limit, std::optional<uintptr_t> stream) {
   eesd_thompson_update_params p{};
   p.alpha = pointer<float>(alpha);
   p.beta = pointer<float>(beta);
@@ -155,6 +157,9 @@ void thompson_update(uintptr_t alpha, uintptr_t beta, uintptr_t prior_alpha, uin
   p.buckets = buckets;
   p.max_draft = max_draft;
   p.discount = static_cast<float>(discount);
+  p.credit = pointer<float>(credit);
+  p.token_credit = token_credit;
+  p.credit_limit = credit_limit;
   call_on(stream, eesd_thompson_update_cpu, EESD_CUDA(eesd_thompson_update_cuda), p, batch > 256,
           "thompson_update");
 }
@@ -229,9 +234,9 @@ void rope_cache_write(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t k_c
 }
 
 void tree_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int64_t batch_stride,
-                    uintptr_t lengths, uintptr_t num_rows, uintptr_t ancestry, float scale,
-                    int64_t batch, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
-                    int64_t slots, uintptr_t out) {
+                    uintptr_t lengths, uintptr_t num_rows, uintptr_t ancestry, int64_t window,
+                    float scale, int64_t batch, int64_t rows, int64_t heads, int64_t kv_heads,
+                    int64_t head_size, int64_t slots, uintptr_t out) {
   eesd_tree_attention_params p{};
   p.q = pointer<const float>(q);
   p.k_cache = pointer<const float>(k_cache);
@@ -240,6 +245,7 @@ void tree_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int64_t b
   p.lengths = pointer<const int32_t>(lengths);
   p.num_rows = pointer<const int32_t>(num_rows);
   p.ancestry = pointer<const int64_t>(ancestry);
+  p.window = window;
   p.scale = scale;
   p.batch = batch;
   p.rows = rows;
@@ -327,9 +333,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("status") = 0, py::arg("stream") = py::none(),
         "Beta samples float32 [n]: alpha, beta float32 [n], seed int64 and position int32 "
         "[n / buckets], status int32 [n] or 0.");
-  m.def("thompson_draft_length", &thompson_draft_length, "See eesd/thompson.h.");
-  m.def("thompson_look", &thompson_look, "See eesd/thompson.h.");
-  m.def("thompson_update", &thompson_update, "See eesd/thompson.h; 0 for a null bucket.");
+  m.def("thompson_draft_length", &thompson_draft_length, "See eesd/thompson.h; 0: no credit.");
+  m.def("thompson_look", &thompson_look, "See eesd/thompson.h; 0: no credit.");
+  m.def("thompson_update", &thompson_update, "See eesd/thompson.h; 0: no bucket, no credit.");
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("rows"),
         py::arg("in_features"), py::arg("out_features"), py::kw_only(), py::arg("bf16"),
         py::arg("residual") = 0, py::arg("x_stride") = 0, py::arg("out_stride") = 0,
@@ -348,7 +354,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm", &rms_norm, "float32 x, out [rows, size]; weight float32 or bfloat16 [size].");
   m.def("swiglu", &swiglu, "float32 gate_up [rows, 2 size], out [rows, size].");
   m.def("rope_cache_write", &rope_cache_write, "See eesd/decoder.h; 0 for a null depth.");
-  m.def("tree_attention", &tree_attention, "See eesd/decoder.h; 0 for a null ancestry.");
+  m.def("tree_attention", &tree_attention, "See eesd/decoder.h; 0 for none.");
   m.def("topk_logsumexp", &topk_logsumexp, "See eesd/draft.h.");
   m.def("sample_draft", &sample_draft, "See eesd/draft.h; 0 for a null parent.");
   m.def("verify_linear", &verify_linear, "See eesd/verify.h.");

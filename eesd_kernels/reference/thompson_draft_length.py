@@ -10,6 +10,11 @@ expected of a round of draft length l, which costs `C(l)`:
 - calibrated: cost on the marginal posterior, all buckets of a row pooled.
 
 A row with a posterior that is not positive and finite drafts nothing and has no part in L.
+
+A credit (cost and calibrated) holds the plain steps that a row may still lose. The rows of a round
+share it: of the lengths with `C(l) - C(0) <= mean C(0)` the best is L, and each row is left with
+`mean - C(L) / C(0)`, to which `thompson_update` adds what the round's tokens bring. A row whose
+credit is not finite drafts nothing and has no part in L or the mean.
 """
 
 from collections.abc import Callable
@@ -46,6 +51,7 @@ def thompson_draft_length(
     costs: Tensor,
     seed: Tensor,
     position: Tensor,
+    credit: Tensor | None = None,
     draw: Callable[..., Tensor] = sample_beta,
     words: Callable[..., Tensor] = philox_words,
 ) -> Tensor:
@@ -53,7 +59,7 @@ def thompson_draft_length(
     cap = cap.clamp(0, costs.shape[0] - 1)
     longest = int(cap.max()) if cap.numel() else 0
     length = torch.arange(longest + 1, device=cap.device)
-    if rule == Rule.CONSTANT or longest == 0:
+    if rule == Rule.CONSTANT or (longest == 0 and credit is None):
         return cap.to(torch.int32)
     if rule == Rule.BERNOULLI:
         steps = alpha.shape[0], longest
@@ -65,10 +71,19 @@ def thompson_draft_length(
         theta = draw(with_pooled(alpha), with_pooled(beta), seed, position)[:, -1].double()
     else:
         theta = draw(alpha, beta, seed, position).double()
-    live = live & theta.isfinite()
+    cost, members = costs.double(), live
+    if credit is not None:
+        members = live & credit.isfinite()
+    live = members & theta.isfinite()
     powers = torch.ones(len(theta), longest + 1, dtype=torch.float64, device=cap.device)
     powers[:, 1:] = theta.nan_to_num()[:, None]
     expected = powers.cumprod(1).cumsum(1)  # E_b(l)
     expected = expected.gather(1, torch.minimum(length, cap[:, None]).long())
-    gain = sum_of_rows(expected * live[:, None]) / costs[: longest + 1].double()
+    gain = sum_of_rows(expected * live[:, None]) / cost[: longest + 1]
+    if credit is not None:
+        pool = sum_of_rows(torch.where(members, credit, 0).double()[:, None])
+        dearer = (cost[: longest + 1] - cost[0]) * members.sum()
+        gain[dearer > pool * cost[0]] = 0
+        left = pool / members.sum() - cost[gain.argmax()] / cost[0]
+        credit.copy_(torch.where(members, left, credit.double()))
     return (torch.minimum(cap, gain.argmax()) * live).to(torch.int32)

@@ -265,3 +265,169 @@ def test_says_what_is_wrong():
         thompson_look(buckets, buckets, i32(2), FLAT[:4], -1, *key, 0, one, *state)
     with pytest.raises(ValueError, match=r"alpha: expected shape \[B, buckets\]"):
         thompson_update(one, one, one, one, i32(1), i32(1), bucket=i32(1)[None])
+
+
+# --- credit: what drafts may lose against plain decoding
+
+FIFTHS = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0])  # a draft token costs a fifth of a plain step
+NO_GUESS = {"discount": 1.0, "token_credit": 1.01}
+
+
+def test_a_credit_limits_the_draft():
+    """theta 0.9: the longest is the best of those that the credit can pay."""
+    for credit, want in ((0.0, 0), (0.19, 0), (0.2, 1), (0.5, 2), (0.8, 4), (9.0, 4), (-0.1, 0)):
+        left = torch.tensor([credit])
+        given = (*sure(0.9), i32(4), Rule.COST, FIFTHS, *keys(1))
+        assert thompson_draft_length(*given, credit=left).tolist() == [want]
+        torch.testing.assert_close(left, torch.tensor([credit - 1 - want / 5]))
+        # One token emitted, then three; a draft that failed is paid to the last cent.
+        thompson_update(*sure(0.9), *sure(0.9), i32(want), i32(0), credit=left, **NO_GUESS)
+        torch.testing.assert_close(left, torch.tensor([credit - want / 5 + 0.01]))
+        before = left.clone()
+        thompson_update(*sure(0.9), *sure(0.9), i32(4), i32(2), credit=left, **NO_GUESS)
+        torch.testing.assert_close(left, before + 3.03)
+        thompson_update(
+            *sure(0.9), *sure(0.9), i32(4), i32(4), credit=left, credit_limit=5.5, **NO_GUESS
+        )
+        torch.testing.assert_close(left, (before + 3.03 + 5.05).clamp(max=5.5))
+
+
+def test_a_round_shares_its_credit():
+    """The mean pays; who is not in the round, or has no number for a credit, keeps what he has."""
+    nan, inf = float("nan"), float("inf")
+    left = torch.tensor([1.5, -0.5, 7.0, nan, 0.5, inf])
+    caps = i32(4, 4, -1, 4, 1, 4)
+    lengths = thompson_draft_length(
+        *sure(*[0.95] * 6), caps, Rule.COST, FIFTHS, *keys(6), credit=left
+    )
+    assert lengths.tolist() == [2, 2, 0, 0, 1, 0]  # 1.5 / 3 pays for two fifths
+    torch.testing.assert_close(
+        left, torch.tensor([-0.9, -0.9, 7.0, nan, -0.9, inf]), equal_nan=True
+    )
+    thompson_update(
+        *sure(*[0.5] * 6), *sure(*[0.5] * 6), i32(2, 2, -1, 0, 1, -1), i32(2, 0, 0, 0, 1, 0),
+        credit=left, **NO_GUESS,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        left, torch.tensor([2.13, 0.11, 7.0, nan, 1.12, inf]), equal_nan=True
+    )
+
+
+def test_rules_without_costs_leave_the_credit_alone():
+    for rule in (Rule.BERNOULLI, Rule.CONSTANT):
+        left = torch.zeros(1)
+        assert thompson_draft_length(*sure(0.9999), i32(4), rule, FLAT, *keys(1), left) == 4
+        assert left == 0
+
+
+class Bets:
+    """Rounds that emit one token each or, by luck, more; what they cost is counted beside the op.
+
+    Costs in plain steps; a row starts with `START`, every token brings `1 + GROWTH`, and `LIMIT` is
+    what may be saved up.
+    """
+
+    START, GROWTH, LIMIT = 2.56, 0.01, 6.0
+
+    def __init__(self, rule: Rule, batch: int, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.rule, self.g = rule, g
+        self.costs = 1 + torch.rand(9, generator=g).cumsum(0) * float(torch.rand(1, generator=g))
+        self.exit_cost = 0.4 * float((self.costs[1:] - self.costs[:-1]).min())
+        shape = (batch, 4) if rule == Rule.CALIBRATED else (batch,)
+        self.alpha, self.beta = torch.full(shape, 50.0), torch.ones(shape)  # too hopeful by far
+        self.prior = self.alpha.clone(), self.beta.clone()
+        self.credit = torch.full((batch,), self.START)
+        self.time, self.tokens = torch.zeros(batch), torch.zeros(batch)
+        self.drafts = 0
+
+    def round(self, live: torch.Tensor, luck: float) -> None:
+        batch = len(live)
+        cap = torch.where(live, 8, -1).int()
+        key = torch.randint(2**40, (batch,), generator=self.g), torch.zeros(batch).int()
+        length, bucket = torch.zeros(batch).int(), torch.full((batch, 8), -1).int()
+        if self.rule == Rule.COST:
+            length = thompson_draft_length(
+                self.alpha, self.beta, cap, self.rule, self.costs, *key, credit=self.credit
+            )
+            cost = self.costs[length.max()].expand(batch)
+        else:
+            run, looking = torch.zeros(batch, 3), torch.zeros(batch).int()
+            looks = torch.zeros(batch)
+            for step in range(9):
+                top = torch.rand(batch, generator=self.g)
+                thompson_look(
+                    self.alpha, self.beta, cap, self.costs, self.exit_cost, *key, step, top,
+                    length, bucket, run, looking, credit=self.credit,
+                )  # fmt: skip
+                looks += looking
+            cost = self.costs[length.long()] + (looks - length) * self.exit_cost
+        lucky = torch.rand(batch, generator=self.g) < luck
+        accepted = torch.where(lucky, length, 0)
+        self.time += torch.where(live, cost / self.costs[0], 0)
+        self.tokens += torch.where(live, accepted + 1, 0)
+        self.drafts += int(length.sum())
+        thompson_update(
+            self.alpha, self.beta, *self.prior, torch.where(live, length, -1), accepted,
+            bucket=bucket if self.rule == Rule.CALIBRATED else None, credit=self.credit,
+            token_credit=1 + self.GROWTH, credit_limit=self.LIMIT, discount=0.9,
+        )  # fmt: skip
+
+    def bound(self) -> torch.Tensor:
+        return self.START + (1 + self.GROWTH) * self.tokens + 1e-3
+
+    def ahead(self) -> torch.Tensor:
+        """Plain steps that the tokens so far were worth, beyond what they took."""
+        return (1 + self.GROWTH) * self.tokens - self.time
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("rule", [Rule.COST, Rule.CALIBRATED])
+def test_no_sequence_is_slower_than_its_bound(rule: Rule, luck: float):
+    """At every moment, with a posterior that hopes for the best whatever happens."""
+    for seed in range(8):
+        bets = Bets(rule, 1, seed)
+        best = credit = bets.START
+        for _ in range(400):
+            before = bets.ahead()
+            bets.round(torch.ones(1, dtype=torch.bool), luck)
+            assert (bets.time <= bets.bound()).all()
+            best = max(best, float(bets.ahead()))
+            assert best - float(bets.ahead()) <= bets.LIMIT + 1e-3  # from any moment on
+            credit = min(bets.LIMIT, credit + float(bets.ahead() - before))
+        assert bets.drafts > 0
+        torch.testing.assert_close(bets.credit, torch.tensor([credit]), rtol=1e-3, atol=1e-3)
+
+
+def test_no_batch_is_slower_than_its_bound():
+    """The sequences together, also when some come late and others go."""
+    for seed in range(8):
+        bets = Bets(Rule.COST, 6, seed)
+        for moment in range(300):
+            here = torch.tensor([moment >= 20 * b and moment < 150 + 25 * b for b in range(6)])
+            bets.round(here, 0.1)
+            came = bets.tokens > 0
+            assert bets.time[came].sum() <= bets.bound()[came].sum()
+        assert bets.drafts > 0
+
+
+def test_a_look_is_paid():
+    """A look costs 0.25, a token 0.6: with credit for none, a look alone, two tokens, all."""
+    alpha, beta = torch.full((5, 2), SURE), torch.full((5, 2), 1e-3)
+    costs = 1 + 0.6 * torch.arange(5)
+    credit = torch.tensor([0.0, 0.5, 1.3, float("nan"), 9.0])
+    length, looking = torch.zeros(5).int(), torch.zeros(5).int()
+    bucket, run = torch.zeros(5, 4).int(), torch.zeros(5, 3)
+    want = [[0, 0, 1, 0, 1], [0, 0, 1, 0, 1], [0, 0, 0, 0, 0]]
+    for step, looks in enumerate(want):
+        top = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0 if step == 2 else 1.0])
+        thompson_look(
+            alpha, beta, i32(4, 4, 4, 4, 4), costs, 0.25, *keys(5), step, top, length, bucket, run,
+            looking, credit,
+        )  # fmt: skip
+        assert looking.tolist() == looks
+    assert length.tolist() == [0, 0, 2, 0, 1]
+    # The last row's second look showed no probability: looked at, not drafted.
+    torch.testing.assert_close(
+        credit, torch.tensor([-1.0, -0.5, -0.9, float("nan"), 7.15]), equal_nan=True
+    )

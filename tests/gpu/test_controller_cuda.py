@@ -1,4 +1,4 @@
-"""The controller on the GPU gives the CPU's bits: words, Beta draws, lengths, posteriors."""
+"""The controller on the GPU gives the CPU's bits: words, Beta draws, lengths, their state."""
 
 import controller_cases as cases
 import numpy as np
@@ -110,17 +110,21 @@ def test_law(alpha, beta):
 def test_lengths_are_equal(rule, batch, drafts):
     for seed in range(6):
         buckets = cases.BUCKETS[seed % 4] if rule == Rule.CALIBRATED else 0
-        given = {**cases.plan(batch, drafts, buckets, seed), "rule": int(rule)}
-        want = _cpu.thompson_draft_length_cpu(**given)
-        assert torch.equal(ek.thompson_draft_length(**on_gpu(given)).cpu(), want)
+        cpu = {**cases.plan(batch, drafts, buckets, seed), "rule": int(rule)}
+        gpu = on_gpu(cpu)
+        want = _cpu.thompson_draft_length_cpu(**cpu)
+        assert torch.equal(ek.thompson_draft_length(**gpu).cpu(), want)
+        assert_same_bits(gpu, cpu)
 
 
 def test_many_lengths_are_equal():
     """10^6 coins' worth of rows at once, and 10^5 rows under one L."""
     for rule, batch in ((Rule.BERNOULLI, 250_000), (Rule.COST, 100_000), (Rule.CONSTANT, 10_000)):
-        given = {**cases.plan(batch, 8, 0, 1), "rule": int(rule)}
-        want = _cpu.thompson_draft_length_cpu(**given)
-        assert torch.equal(ek.thompson_draft_length(**on_gpu(given)).cpu(), want)
+        cpu = {**cases.plan(batch, 8, 0, 1), "rule": int(rule)}
+        gpu = on_gpu(cpu)
+        want = _cpu.thompson_draft_length_cpu(**cpu)
+        assert torch.equal(ek.thompson_draft_length(**gpu).cpu(), want)
+        assert_same_bits(gpu, cpu)
 
 
 @pytest.mark.parametrize("batch", [*cases.BATCHES, 5000])
@@ -210,7 +214,7 @@ def test_the_given_stream_is_used():
 
 
 def test_nothing_waits_for_the_device():
-    given = on_gpu({**cases.plan(64, 8, 0, 0), "rule": int(Rule.COST)})
+    given = on_gpu({**cases.plan(64, 8, 0, 1), "rule": int(Rule.COST)})
     ek.thompson_draft_length(**given)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -37,6 +37,16 @@ def caps(g: torch.Generator, batch: int, drafts: int) -> Tensor:
     return torch.randint(-1, drafts + 1, (batch,), generator=g, dtype=torch.int32)
 
 
+def credits(g: torch.Generator, batch: int, seed: int) -> dict[str, Tensor]:
+    """For some seeds none; else a mean that bounds some lengths, one in ten a debt or no number."""
+    if seed % 4 not in (1, 2):
+        return {}
+    mean = torch.exp(torch.rand(1, generator=g) * 4 - 3)
+    x = mean * 2 * torch.rand(batch, generator=g)
+    wrong = torch.tensor([-3.0, *BAD[2:]])[torch.randint(3, (batch,), generator=g)]
+    return {"credit": torch.where(torch.rand(batch, generator=g) < 0.1, wrong, x)}
+
+
 def plan(batch: int, drafts: int, buckets: int, seed: int) -> dict[str, Tensor]:
     """Arguments of thompson_draft_length but for the rule; buckets 0: none."""
     g = generator(batch, drafts, buckets, seed)
@@ -50,10 +60,11 @@ def plan(batch: int, drafts: int, buckets: int, seed: int) -> dict[str, Tensor]:
         "costs": costs(g, drafts),
         "seed": key[0],
         "position": key[1],
+        **credits(g, batch, seed),
     }
 
 
-def outcome(batch: int, drafts: int, buckets: int, seed: int) -> dict[str, Tensor | None]:
+def outcome(batch: int, drafts: int, buckets: int, seed: int) -> dict[str, Tensor | float | None]:
     """Arguments of thompson_update but for the discount."""
     g = generator(batch, drafts, buckets, seed, 1)
     shape = (batch, buckets) if buckets else (batch,)
@@ -69,6 +80,9 @@ def outcome(batch: int, drafts: int, buckets: int, seed: int) -> dict[str, Tenso
         "drafted": drafted,
         "accepted": accepted,
         "bucket": bucket.masked_fill(unused, -1) if buckets else None,
+        **credits(g, batch, seed),
+        "token_credit": 1.01,
+        "credit_limit": 2.0,
     }
 
 

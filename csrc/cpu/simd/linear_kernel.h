@@ -113,7 +113,7 @@ void linear_bf16(const linear_block& b, int64_t first, int64_t last) {
 }
 
 void pack_x_f32(const float* x, int64_t n, float* packed) {
-  std::memcpy(packed, x, static_cast<size_t>(n) * sizeof(float));
+  if (n > 0) std::memcpy(packed, x, static_cast<size_t>(n) * sizeof(float));  // else x may be null
   for (int64_t i = n; i % (2 * kLanes); ++i) packed[i] = 0.0f;
 }
 

@@ -47,7 +47,8 @@ typedef struct eesd_rope_cache_write_params {
 } eesd_rope_cache_write_params;
 
 // Row i of sequence b sees slots 0 .. lengths[b]-1 and, of the block, slots lengths[b] + j with
-// j <= i, or with bit j of ancestry[b, i] set. Rows at or above num_rows[b] give zeros.
+// j <= i, or with bit j of ancestry[b, i] set; with a window only the last `window` positions of
+// these, its own among them. Rows at or above num_rows[b] give zeros.
 typedef struct eesd_tree_attention_params {
   const float* q;        // [batch, rows, heads, head_size]
   const float* k_cache;  // [batch, slots, kv_heads, head_size], batch_stride apart
@@ -56,6 +57,7 @@ typedef struct eesd_tree_attention_params {
   const int32_t* lengths;   // [batch]
   const int32_t* num_rows;  // [batch]
   const int64_t* ancestry;  // [batch, rows] bit masks, rows <= 64, or null: a linear block
+  int64_t window;           // positions, or 0: all
   float scale;
   int64_t batch, rows, heads, kv_heads, head_size, slots;
   float* out;  // [batch, rows, heads, head_size]

@@ -83,11 +83,25 @@ EESD_HD int32_t probability_bucket(float p, int64_t buckets) {
   return j < buckets ? j : static_cast<int32_t>(buckets - 1);
 }
 
-// calibrated, before exit step n + 1: does some longer draft promise a better rate than n tokens?
+// A credit is what a sequence may still lose to drafts, in plain steps (rounds of length 0). A
+// round is paid when it is planned, C(l) / C(0); each token that it emits brings token_credit, one
+// and a little. One token is certain, so a draft is within the credit where C(l) - C(0) <= credit
+// C(0). A credit that starts at s thus never ends a round below 0: n tokens never take more than
+// s + token_credit n plain steps, and never more than credit_limit + token_credit n from any moment
+// on, whatever came before.
+EESD_HD bool credit_ok(float credit) { return credit - credit == 0.0f; }  // finite
+
+EESD_HD bool affordable(double more, double credit, double plain) { return more <= credit * plain; }
+
+constexpr double kNoLimit = 1.7976931348623157e308;
+
+// calibrated, before exit step n + 1: does some longer draft, of those that cost at most `limit`
+// more, promise a better rate than n tokens?
 EESD_HD bool worth_a_look(double theta, double reach, double expected, int64_t n, int64_t cap,
-                          const float* costs) {
+                          const float* costs, double limit) {
   expected_tokens e{reach, expected};
   for (int64_t l = n + 1; l <= cap; ++l) {
+    if (!(static_cast<double>(costs[l]) - static_cast<double>(costs[n]) <= limit)) return false;
     e = tokens_advance(e, theta, 1);
     if (e.total * static_cast<double>(costs[n]) > expected * static_cast<double>(costs[l])) {
       return true;
@@ -114,6 +128,9 @@ typedef enum eesd_rule {
   EESD_RULE_CALIBRATED = 3  // cost on the pooled buckets: where eesd_thompson_look starts from
 } eesd_rule;
 
+// With cost and calibrated, `credit` bounds the round: its rows share their credit, L is the best
+// length with C(L) - C(0) <= mean C(0), and each row is left with mean - C(L) / C(0) for
+// eesd_thompson_update to add to. Rows whose credit is not finite draft nothing and have no part.
 typedef struct eesd_thompson_draft_length_params {
   const float* alpha;       // [batch], calibrated: [batch, buckets]
   const float* beta;        // the same
@@ -126,11 +143,14 @@ typedef struct eesd_thompson_draft_length_params {
   int64_t num_costs;  // at least 1
   int32_t rule;       // an eesd_rule
   int32_t* length;    // [batch] 0 to cap; 0 for rows that are not in the round
+  float* credit;      // [batch] plain steps, in place; or null: no bound
 } eesd_thompson_draft_length_params;
 
 // One draft step of the calibrated rule. Call with step = 0 before the first exit step and with
 // step = i after the i-th; `looking` then says which rows take the next. Step 0 writes all of
-// length, bucket, run and looking; step i changes the rows that were looking.
+// length, bucket, run and looking; step i changes the rows that were looking. Each row pays for
+// itself from its `credit`: 1 at step 0, exit_cost / C(0) for a look, the rest of a token's cost
+// when it is included; it looks where it can pay for both.
 typedef struct eesd_thompson_look_params {
   const float* alpha;       // [batch, buckets]
   const float* beta;        // [batch, buckets]
@@ -147,12 +167,14 @@ typedef struct eesd_thompson_look_params {
   int32_t* bucket;    // [batch, K] of each included token; -1 past them
   float* run;         // [batch, 3]: chance that all included are accepted, E so far, theta
   int32_t* looking;   // [batch] 1: take the next exit step
+  float* credit;      // [batch] plain steps, in place; or null: no bound
 } eesd_thompson_look_params;
 
 // After a round with m accepted of l drafted, in place:
 //   alpha = a0 + g (alpha - a0) + successes,  beta = b0 + g (beta - b0) + failures
 // without buckets m successes and [m < l] failures; with them, tokens 1..m each succeed in their
-// bucket and token m + 1 fails in its. Rows with a negative l stay as they are.
+// bucket and token m + 1 fails in its. credit grows by (m + 1) token_credit, to credit_limit at
+// most. Rows with a negative l stay as they are.
 typedef struct eesd_thompson_update_params {
   float* alpha;              // [batch, buckets]
   float* beta;               // [batch, buckets]
@@ -162,7 +184,10 @@ typedef struct eesd_thompson_update_params {
   const int32_t* accepted;   // [batch] m
   const int32_t* bucket;     // [batch, max_draft], or null where buckets is 1
   int64_t batch, buckets, max_draft;
-  float discount;  // g
+  float discount;       // g
+  float* credit;        // [batch] plain steps, or null
+  double token_credit;  // what a token brings, in plain steps
+  double credit_limit;  // what may be saved up; infinity: all
 } eesd_thompson_update_params;
 
 eesd_status eesd_thompson_draft_length_cpu(const eesd_thompson_draft_length_params* params);
@@ -185,7 +210,10 @@ EESD_HD void look_row(const eesd_thompson_look_params& p, int64_t b) {
   const float *alpha = p.alpha + b * p.buckets, *beta = p.beta + b * p.buckets;
   int32_t* bucket = p.bucket + b * max_draft;
   float* run = p.run + b * 3;
+  const double plain = static_cast<double>(p.costs[0]);
+  float credit = p.credit ? p.credit[b] : 0.0f;
   if (p.step == 0) {
+    if (cap >= 0) credit -= 1.0f;
     p.length[b] = 0;
     for (int64_t i = 0; i < max_draft; ++i) bucket[i] = -1;
     run[0] = run[1] = 1.0f;
@@ -206,9 +234,16 @@ EESD_HD void look_row(const eesd_thompson_look_params& p, int64_t b) {
     bucket[p.step - 1] = j;
     run[0] = static_cast<float>(reach);
     run[1] = static_cast<float>(expected + reach);
+    const double token = static_cast<double>(p.costs[p.step]) -
+                         static_cast<double>(p.costs[p.step - 1]) - p.exit_cost;
+    credit = static_cast<float>(static_cast<double>(credit) - token / plain);
   }
-  p.looking[b] =
-      run[2] >= 0.0f && worth_a_look(run[2], run[0], run[1], p.step, cap, p.costs) ? 1 : 0;
+  const double limit = p.credit ? (static_cast<double>(credit) + 1.0) * plain : kNoLimit;
+  const bool looks = run[2] >= 0.0f && credit_ok(credit) &&
+                     worth_a_look(run[2], run[0], run[1], p.step, cap, p.costs, limit);
+  p.looking[b] = looks ? 1 : 0;
+  if (looks) credit = static_cast<float>(static_cast<double>(credit) - p.exit_cost / plain);
+  if (p.credit) p.credit[b] = credit;
 }
 
 // One element of eesd_thompson_update: bucket j of row b.
@@ -222,6 +257,11 @@ EESD_HD void update_element(const eesd_thompson_update_params& p, int64_t b, int
     for (int64_t i = 0; i < accepted && i < p.max_draft; ++i) successes += bucket[i] == j;
     const bool seen = accepted >= 0 && accepted < drafted && accepted < p.max_draft;
     failures = seen && bucket[accepted] == j;
+  }
+  if (p.credit && j == 0) {
+    const double tokens = static_cast<double>(accepted) + 1.0;
+    const double credit = static_cast<double>(p.credit[b]) + tokens * p.token_credit;
+    p.credit[b] = static_cast<float>(credit > p.credit_limit ? p.credit_limit : credit);
   }
   const int64_t e = b * p.buckets + j;
   const float a0 = p.prior_alpha[e], b0 = p.prior_beta[e];

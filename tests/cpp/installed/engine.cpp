@@ -79,7 +79,7 @@ struct device_memory {
 // All inputs and results of a run, in host memory when it has ended.
 struct run {
   int64_t batch, drafts;
-  std::vector<float> alpha, beta, prior_alpha, prior_beta, costs, top_prob, state, drawn;
+  std::vector<float> alpha, beta, prior_alpha, prior_beta, costs, top_prob, state, drawn, credit;
   std::vector<int64_t> seed, draw_seed;
   std::vector<int32_t> cap, position, draw_position, accepted, lengths, length, bucket, looking;
   std::vector<uint32_t> words;
@@ -91,6 +91,7 @@ struct run {
         prior_beta(batch * kBuckets, 1.0f),
         state(batch * 3),
         drawn(kDraws),
+        credit(batch, 2.56f),
         draw_seed(kDraws, 11),
         draw_position(kDraws),
         length(batch),
@@ -132,7 +133,7 @@ run go(const sizes& n) {
   const int32_t* accepted = memory.put(r.accepted);
   int32_t *length = memory.put(r.length), *bucket = memory.put(r.bucket);
   int32_t* looking = memory.put(r.looking);
-  float* state = memory.put(r.state);
+  float *state = memory.put(r.state), *credit = memory.put(r.credit);
   uint32_t* words = memory.put(r.words);
 
   eesd_philox_words_params noise{};
@@ -168,6 +169,7 @@ run go(const sizes& n) {
   plan.buckets = 1;
   plan.num_costs = n.costs;
   plan.length = length;
+  plan.credit = credit;
   eesd_thompson_update_params update{};
   update.alpha = alpha;
   update.beta = beta;
@@ -178,6 +180,9 @@ run go(const sizes& n) {
   update.batch = r.batch;
   update.buckets = 1;
   update.discount = 0.98f;
+  update.credit = credit;
+  update.token_credit = 1.01;
+  update.credit_limit = 20.0;
   for (const eesd_rule rule : {EESD_RULE_COST, EESD_RULE_BERNOULLI, EESD_RULE_CONSTANT}) {
     plan.rule = rule;
     call(EESD_BOTH(thompson_draft_length), plan);
@@ -200,6 +205,7 @@ run go(const sizes& n) {
   look.bucket = bucket;
   look.run = state;
   look.looking = looking;
+  look.credit = credit;
   for (look.step = 0; look.step <= r.drafts; ++look.step) call(EESD_BOTH(thompson_look), look);
   update.bucket = bucket;
   update.buckets = kBuckets;
@@ -225,6 +231,7 @@ void check(const run& r) {
   int32_t longest = 0;
   for (int b = 0; b < r.batch; ++b) {
     expect(r.length[b] >= 0 && r.length[b] <= (r.cap[b] > 0 ? r.cap[b] : 0), "length within cap");
+    expect(r.cap[b] < 0 || r.credit[b] != 2.56f, "a round is paid for");
     longest = r.length[b] > longest ? r.length[b] : longest;
     for (int i = 0; i < r.drafts; ++i) {
       const int32_t j = r.bucket[b * r.drafts + i];
@@ -258,6 +265,7 @@ int main() {
     expect(same(cpu.alpha, gpu.alpha) && same(cpu.beta, gpu.beta), "posteriors have the same bits");
     expect(same(cpu.length, gpu.length) && same(cpu.bucket, gpu.bucket), "lengths are equal");
     expect(same(cpu.state, gpu.state) && same(cpu.looking, gpu.looking), "states are equal");
+    expect(same(cpu.credit, gpu.credit), "credits have the same bits");
 #endif
   }
   eesd_thompson_draft_length_params empty{};
