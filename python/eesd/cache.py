@@ -60,14 +60,19 @@ class KVCache:
         self._scale = config.head_size**-0.5
         self._layers = [(kv[0], kv[1]) for kv in self.data]
 
-    def attend(self, layer: int, qkv: Tensor, block: Block) -> Tensor:
-        """Write the block's K and V, and attend from it: `[B, T, .]` to `[B, T, Hq D]`."""
+    def attend(self, layer: int, qkv: Tensor, block: Block, window: int | None = None) -> Tensor:
+        """Write the block's K and V, and attend from it: `[B, T, .]` to `[B, T, Hq D]`.
+
+        window: positions that a row sees, its own among them; None: all.
+        """
         k, v = self._layers[layer]
         if block.sequence is not None:
             k, v = k[block.sequence, None], v[block.sequence, None]
         cos, sin = self._rope
         q = rope_cache_write_op(qkv, cos, sin, k, v, block.lengths, block.num_rows, None)
-        out = tree_attention_op(q, k, v, block.lengths, block.num_rows, self._scale, None)
+        out = tree_attention_op(
+            q, k, v, block.lengths, block.num_rows, self._scale, None, None, window
+        )
         return out.flatten(2)
 
     def write(self, layer: int, qkv: Tensor, block: Block) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -10,19 +11,17 @@ from torch import Tensor
 
 from eesd.cache import Block, KVCache
 from eesd.config import ExitHeadConfig
-from eesd.layer import LayerWeights, decoder_layer
+from eesd.layer import LayerWeights, decoder_layer, project_qkv
 from eesd.models.llama import Llama
 from eesd.weights import WeightFolder
 from eesd_kernels.exit_topk import exit_topk_op
-from eesd_kernels.linear import linear_op
-from eesd_kernels.rms_norm import rms_norm_op
 
 
 class ExitHead:
     """Turns `h_N` into a sparse draft distribution.
 
-    `layer` is None for a bare early exit: the backbone's own norm and head on `h_N`. Its K and V
-    live in the cache's last layer.
+    `layer` has the parts of the backbone's last one, its window too, and its K and V live in the
+    cache's last layer. None for a bare early exit: the backbone's own norm and head on `h_N`.
     """
 
     def __init__(
@@ -84,7 +83,9 @@ class ExitHead:
         return cls(
             backbone,
             config,
-            LayerWeights.load(weights, "exit_layer.", shape, backbone.device, dtype),
+            LayerWeights.load(
+                weights, "exit_layer.", shape, shape.windows[-1], backbone.device, dtype
+            ),
             get("norm.weight", shape.hidden_size),
             get("lm_head.weight", shape.vocab_size, shape.hidden_size)
             if config.own_lm_head
@@ -116,15 +117,13 @@ class ExitHead:
         """The exit layer over `h_N` `[B, T, H]`, writing its K and V."""
         if self.layer is None:
             return hidden
-        return decoder_layer(
-            self.layer, hidden, lambda qkv: cache.attend(self._index, qkv, block), self._eps
-        )
+        attend = partial(cache.attend, self._index, block=block, window=self.layer.window)
+        return decoder_layer(self.layer, hidden, attend, self._eps)
 
     def write(self, hidden: Tensor, cache: KVCache, block: Block) -> None:
         """Only the exit layer's K and V of `h_N`, for positions that need no draft."""
         if self.layer is not None:
-            x = rms_norm_op(hidden, self.layer.input_norm, self._eps)
-            cache.write(self._index, linear_op(x, self.layer.qkv, None), block)
+            cache.write(self._index, project_qkv(self.layer, hidden, self._eps), block)
 
     def candidates(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k best exit logits of `[B, H]`: values, ids, logsumexp."""

@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from eesd.config import EXIT_HEAD_TYPE, ModelConfig, read_json
+from eesd.config import EXIT_HEAD_TYPE, ModelConfig
 from eesd.exit_head import ExitHead
-from eesd.models import FAMILIES, Llama
+from eesd.fields import read_json
+from eesd.models import Llama
 from eesd.weights import WeightFolder
 
 _DTYPES = {
@@ -73,7 +74,7 @@ def load(
     """Load a model.
 
     Args:
-        folder: a Hugging Face folder of a Llama-shaped model, or `"demo"`.
+        folder: a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model, or `"demo"`.
         exit_head: folder of an exit head; by default the model's own (`exit_head/` beside its
             weights) if it has one.
         device: by default a CUDA device where there is one, else the CPU.
@@ -89,10 +90,9 @@ def load(
     if not path.is_dir():
         raise ValueError(f"{path}: no such model folder")
     config = ModelConfig.from_folder(path)
-    target = _device(device)
+    target = target_device(device)
     weights = WeightFolder(path)
-    family = FAMILIES[config.architecture]
-    backbone = family.load(config, weights, target, _dtype(dtype, config, target))
+    backbone = Llama.load(config, weights, target, target_dtype(dtype, config, target))
     fingerprint = weights.fingerprint()
     if exit_head is not None and assistant_early_exit is not None:
         raise ValueError("exit_head and assistant_early_exit: give one, not both")
@@ -126,7 +126,8 @@ def _tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path}: not a readable tokenizer: {error}") from None
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def target_device(device: str | torch.device | None) -> torch.device:
+    """Where to load: `None` is a CUDA device where there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -140,9 +141,10 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _dtype(
+def target_dtype(
     dtype: str | torch.dtype | None, config: ModelConfig, device: torch.device
 ) -> torch.dtype:
+    """Of activations and cache: `None` is the checkpoint's on a GPU and float32 on a CPU."""
     if dtype is None:
         if device.type == "cpu":
             return torch.float32

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eesd.config import read_json
+from eesd.fields import read_json
 
 _SAMPLES, _SAMPLE_BYTES = 64, 64
 
@@ -46,8 +46,10 @@ class WeightFolder:
             with _named(path), safe_open(path, framework="pt") as file:
                 self._where.update(dict.fromkeys(file.keys(), path))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
+    @property
+    def names(self) -> Iterable[str]:
+        """Of all tensors."""
+        return self._where.keys()
 
     def tensor(
         self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None

@@ -72,7 +72,7 @@ def new_head(model: Model, *, own_lm_head: bool = False, seed: int = 0) -> ExitH
         prior_beta=1.25,
         recipe={"steps": 7},
     )
-    layer = type(backbone.layers[0])(*map(like, backbone.layers[0]))
+    layer = backbone.layers[0].map(like)
     lm_head = like(backbone.lm_head) if own_lm_head else backbone.lm_head
     return ExitHead(backbone, config, layer, like(backbone.norm), lm_head)
 
@@ -387,7 +387,7 @@ def test_head_round_trips(tiny_llama: Path, tmp_path: Path, dtype: str, own_lm_h
     assert again.config == head.config
     assert head.layer is not None
     assert again.layer is not None
-    for name, want in head.layer._asdict().items():
+    for name, want in head.layer.tensors().items():
         got = getattr(again.layer, name)
         assert got.dtype is want.dtype, name
         assert torch.equal(got, want), name

@@ -98,6 +98,7 @@ def _model(name: str, exit_head: str | None) -> dict[str, Any]:
         "head_size": config.head_size,
         "vocab_size": config.vocab_size,
         "max_position": config.max_position,
+        "windows": config.windows,
         "dtype": config.dtype,
         "weight_bytes": sum(path.stat().st_size for path in weights.files),
         "exit_head": None if head is None else _exit_head(head, weights.fingerprint()),
@@ -151,9 +152,17 @@ def _text(report: dict[str, Any]) -> str:
         f"feed-forward {model['intermediate_size']}",
         f"  {model['heads']} heads ({model['kv_heads']} for K and V) of {model['head_size']}, "
         f"vocabulary {model['vocab_size']:,}, {model['max_position']:,} positions",
+        *_window_lines(model["windows"]),
         f"  {model['weight_bytes'] / 1e6:,.1f} MB of weights, {model['dtype']}",
     ]
     return "\n".join(lines + _head_lines(model["exit_head"]))
+
+
+def _window_lines(windows: tuple[int | None, ...]) -> list[str]:
+    sizes = [window for window in windows if window is not None]
+    if not sizes:
+        return []
+    return [f"  sliding window of {sizes[0]:,} positions in {len(sizes)} of {len(windows)} layers"]
 
 
 def _head_lines(head: dict[str, Any] | None) -> list[str]:

@@ -200,7 +200,7 @@ def _finish(
         prior_beta=final.prior_beta,
         recipe=recipe,
     )
-    layer = type(student.layer)(*(weight.detach().to(saved) for weight in student.layer))
+    layer = student.layer.map(lambda weight: weight.detach().to(saved))
     head = ExitHead(
         model.backbone, config, layer, student.norm.to(saved), student.lm_head.to(saved)
     )

@@ -27,7 +27,7 @@ class Student:
 
         self.backbone = backbone
         self.exit_layer = exit_layer
-        self.layer = LayerWeights(*map(master, backbone.layers[-1]))
+        self.layer = backbone.layers[-1].map(master)
         self.norm = master(backbone.norm)
         self.own_lm_head = own_lm_head
         self.lm_head = master(backbone.lm_head) if own_lm_head else backbone.lm_head
@@ -36,12 +36,12 @@ class Student:
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable tensors by name."""
-        named = {f"layer.{name}": weight for name, weight in self.layer._asdict().items()}
+        named = {f"layer.{name}": weight for name, weight in self.layer.tensors().items()}
         named["norm"] = self.norm
         return {**named, "lm_head": self.lm_head} if self.own_lm_head else named
 
     def compile(self) -> None:
-        """Compile the layer (one graph serves the whole backbone) and the loss of a chunk."""
+        """Compile the layer (one graph serves all layers of a kind) and the loss of a chunk."""
         self.causal_layer = torch.compile(self._eager_layer, dynamic=False)
         self.of_chunk = torch.compile(chunk_loss, dynamic=False)
 

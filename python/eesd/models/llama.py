@@ -1,4 +1,7 @@
-"""Llama-shaped backbones with the split that early exit needs: embed, layers a to b, norm, head."""
+"""Llama-shaped backbones with the split that early exit needs: embed, layers a to b, norm, head.
+
+Llama, Mistral, Qwen2 and Qwen3: the parts in which they differ are the layers' own.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -55,8 +58,10 @@ class Llama:
             config,
             embedding,
             [
-                LayerWeights.load(folder, f"model.layers.{i}.", config, device, embedding.dtype)
-                for i in range(config.num_layers)
+                LayerWeights.load(
+                    folder, f"model.layers.{i}.", config, window, device, embedding.dtype
+                )
+                for i, window in enumerate(config.windows)
             ],
             get("model.norm.weight", config.hidden_size),
             embedding if config.tied_head else get("lm_head.weight", *table),
@@ -72,8 +77,9 @@ class Llama:
     ) -> Tensor:
         """Layers `first .. last-1` over a block of rows, writing their K and V."""
         for i in range(first, last):
-            attend = partial(cache.attend, i, block=block)
-            hidden = decoder_layer(self.layers[i], hidden, attend, self.config.rms_eps)
+            layer = self.layers[i]
+            attend = partial(cache.attend, i, block=block, window=layer.window)
+            hidden = decoder_layer(layer, hidden, attend, self.config.rms_eps)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,13 +94,17 @@ class Llama:
         self, weights: LayerWeights, hidden: Tensor, ops: LayerOps = INFERENCE
     ) -> Tensor:
         """One layer over whole sequences `[B, T, H]`, no cache; `TRAINING` differentiates."""
-        return decoder_layer(
-            weights, hidden, self._causal(hidden.shape[1]), self.config.rms_eps, ops
-        )
+        attend = self._causal(hidden.shape[1], weights.window)
+        return decoder_layer(weights, hidden, attend, self.config.rms_eps, ops)
 
-    def _causal(self, length: int) -> Callable[[Tensor], Tensor]:
+    def _causal(self, length: int, window: int | None) -> Callable[[Tensor], Tensor]:
         config = self.config
         cos, sin = (t[:length, None].to(self.dtype) for t in self.rope)
+        mask = None
+        if window is not None and window < length:
+            place = torch.arange(length, device=self.device)
+            back = place[:, None] - place
+            mask = (back >= 0) & (back < window)
 
         def rotate(x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim=-1)
@@ -109,7 +119,8 @@ class Llama:
                 rotate(q),
                 rotate(k),
                 v.transpose(1, 2),
-                is_causal=True,
+                attn_mask=mask,
+                is_causal=mask is None,
                 enable_gqa=config.num_heads != config.num_kv_heads,
             )
             return out.transpose(1, 2).flatten(2)
