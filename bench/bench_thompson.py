@@ -1,5 +1,6 @@
 """The controller's ops: draft lengths of a batch in one launch, looks, posterior updates.
 
+As decoding calls them, with a credit where the rule takes one (rows without: `cost_unbound`).
 GPU: CUDA-graph replays beside an empty kernel in a graph of its own, and what is above it. CPU: the
 op as the decoding loop calls it, beside the same in composed PyTorch (the reference).
 """
@@ -38,6 +39,7 @@ def cases(batch: int, device: str, seed: int) -> dict[str, tuple[object, tuple, 
         to(torch.ones(batch, dtype=torch.int32)),
     )
     top = to(torch.rand(batch, generator=g))
+    credit = to(torch.full((batch,), 1e6))  # never spent, however often the graph is replayed
     outcome = cap.clone(), to(torch.randint(DRAFT, (batch,), generator=g, dtype=torch.int32))
     plan = reference.thompson_draft_length
     return {
@@ -45,17 +47,21 @@ def cases(batch: int, device: str, seed: int) -> dict[str, tuple[object, tuple, 
             rule.name.lower(): (
                 thompson_draft_length_op,
                 (*((alphas, betas) if rule == Rule.CALIBRATED else (alpha, beta)), cap, int(rule),
-                 costs, *key),
+                 costs, *key, credit if rule in (Rule.COST, Rule.CALIBRATED) else None),
                 plan,
             )
             for rule in Rule
         },
+        "cost_unbound": (
+            thompson_draft_length_op, (alpha, beta, cap, int(Rule.COST), costs, *key, None), plan
+        ),
         "look": (
-            thompson_look_op, (alphas, betas, cap, costs, 0.03, *key, 0, top, *look),
+            thompson_look_op, (alphas, betas, cap, costs, 0.03, *key, 0, top, *look, credit),
             reference.thompson_look,
         ),
         "update": (
-            thompson_update_op, (alpha, beta, alpha.clone(), beta.clone(), *outcome, 0.98, None),
+            thompson_update_op,
+            (alpha, beta, alpha.clone(), beta.clone(), *outcome, 0.98, None, credit, 1.01, 1e9),
             reference.thompson_update,
         ),
     }  # fmt: skip
@@ -66,11 +72,10 @@ def check(device: str) -> None:
     for name, (_, arguments_, _) in cases(64, device, 3).items():
         if name in ("look", "update"):
             continue
+        # Copies: the credit is written.
+        on_cpu = [x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x for x in arguments_]
         got = thompson_draft_length(*arguments_)
-        want = thompson_draft_length(
-            *(x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments_)
-        )
-        assert torch.equal(got.cpu(), want), name
+        assert torch.equal(got.cpu(), thompson_draft_length(*on_cpu)), name
 
 
 def main() -> None:

@@ -3,13 +3,15 @@
 A round of draft length l costs `1 + l r` plain steps, r the cost ratio of a draft step (half of it
 the layers below N, half the exit); the trace says how many of the l would have been accepted.
 `x_hindsight` is a rule's time per token over that of the best constant length, chosen for the set
-in hindsight; `x_plain` over plain decoding's. The decisions are the package's own ops'.
+in hindsight; `x_plain` over plain decoding's, `x_plain_worst_*` that of the slowest single
+sequence. The decisions are the package's own ops'.
 """
 
 import argparse
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +19,42 @@ import torch
 import eesd
 from bench.record_traces import TRACES
 from bench.results import write_results
+from eesd.allowance import DEFAULT_MAX_SLOWDOWN, Allowance
 from eesd.controller import DEFAULT_DISCOUNT, PRIOR_WEIGHT, SCHEDULES
 from eesd_kernels import Rule, thompson_draft_length, thompson_look, thompson_update
 
 MAX_DRAFT = 8
 BUCKETS = 8
-CONSTANTS = range(MAX_DRAFT + 1)
+LANES = 8
 DEFAULT = SCHEDULES["thompson"].name.lower()
+MADE_UP = ("hopeless", "trap", "turn")
+UNBOUND = "_unbound"  # a rule without a credit
+
+
+class Played(NamedTuple):
+    """A rule, its longest draft, and whether a credit bounds what it may lose."""
+
+    rule: Rule
+    length: int = MAX_DRAFT
+    bound: bool = True
+
+
+class Round(NamedTuple):
+    """What stood after a round, each `[sequences]`."""
+
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    drafted: torch.Tensor  # -1: the sequence had ended
+    tokens: torch.Tensor  # emitted so far
+    time: torch.Tensor  # used so far, in plain steps
+    credit: torch.Tensor  # what drafts may still lose
 
 
 @dataclass
 class Replay:
-    """One rule over the sequences of one set, side by side, each on its own.
+    """One rule over sequences side by side, each on its own.
 
-    rank, top1: `[sequences, tokens]`. time and tokens: `[sequences]`, in plain steps and tokens.
+    rank, top1: `[sequences, tokens]`. ratio: of a draft step's cost to a plain step's.
     """
 
     rank: torch.Tensor
@@ -38,8 +62,8 @@ class Replay:
     ratio: float
     prior: tuple[float, float]
     discount: float
-    time: torch.Tensor = field(init=False)
-    history: list[tuple[float, float]] = field(default_factory=list)
+    max_slowdown: float = DEFAULT_MAX_SLOWDOWN
+    history: list[Round] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.costs = torch.arange(MAX_DRAFT + 1) * self.ratio + 1.0
@@ -54,28 +78,24 @@ class Replay:
         shape = (len(self.rank),) if buckets is None else (len(self.rank), buckets)
         return [torch.full(shape, value / (buckets or 1)) for value in (*self.prior, *self.prior)]
 
-    def replay(self, rule: Rule, length: int, seed: int, carried: list[torch.Tensor] | None):
+    def replay(self, played: Played, seed: int, carried: list[torch.Tensor] | None = None):
         """Time per sequence `[sequences]` and the posterior afterwards."""
+        rule, length, bound = played
         rows, tokens = self.rank.shape
         calibrated = rule is Rule.CALIBRATED
         state = carried or self.posterior(BUCKETS if calibrated else None)
+        allowance = Allowance.of(self.max_slowdown, float(self.costs[-1]))
+        credit = torch.full((rows,), allowance.start) if bound else None
         at = torch.zeros(rows, dtype=torch.int32)
-        time = torch.zeros(rows)
+        time = torch.zeros(rows, dtype=torch.float64)
         seeds = torch.arange(rows) + 1_000_003 * seed
         while bool((at < tokens).any()):
             cap = torch.where(at < tokens, (tokens - at - 1).clamp(max=length), -1).to(torch.int32)
-            bucket = None
+            live, bucket = cap >= 0, None
             if calibrated:
-                drafted, bucket, looks = self._look(state, cap, seeds, at)
-            elif rule is Rule.COST:  # each sequence is a batch of its own here
-                drafted = torch.cat(
-                    [self._plan(rule, state, cap, seeds, at, slice(b, b + 1)) for b in range(rows)]
-                )
-                looks = drafted
+                drafted, bucket, looks = self._look(state, cap, seeds, at, credit)
             else:
-                drafted = self._plan(rule, state, cap, seeds, at, slice(None))
-                looks = drafted
-            live = cap >= 0
+                looks = drafted = self._plan(rule, state, cap, seeds, at, credit)
             drafted = torch.where(live, drafted, -1)
             run = self.run.gather(1, at.clamp(max=tokens).long()[:, None])[:, 0]
             accepted = torch.minimum(run, drafted.clamp(min=0))
@@ -84,18 +104,31 @@ class Replay:
             time += torch.where(live, 1.0 + drafted * self.ratio + extra, 0.0)
             at = torch.where(live, at + accepted + 1, at)
             thompson_update(
-                *state, drafted.to(torch.int32), accepted.to(torch.int32),
-                discount=self.discount, bucket=bucket,
+                *state, drafted, accepted, discount=self.discount, bucket=bucket, credit=credit,
+                token_credit=allowance.token, credit_limit=allowance.limit,
             )  # fmt: skip
-            self.history.append((float(state[0].sum(-1).mean()), float(state[1].sum(-1).mean())))
+            alpha, beta = (x.reshape(rows, -1).sum(1) for x in state[:2])
+            left = torch.full((rows,), torch.inf) if credit is None else credit.clone()
+            self.history.append(Round(alpha, beta, drafted, at, time.clone(), left))
         return time, state
 
-    def _plan(self, rule, state, cap, seeds, at, part):
-        return thompson_draft_length(
-            state[0][part], state[1][part], cap[part], rule, self.costs, seeds[part], at[part]
-        )
+    def _plan(self, rule, state, cap, seeds, at, credit):
+        def part(rows):
+            paid = None if credit is None else credit[rows]
+            return thompson_draft_length(
+                state[0][rows], state[1][rows], cap[rows], rule, self.costs, seeds[rows], at[rows],
+                paid,
+            )  # fmt: skip
 
-    def _look(self, state, cap, seeds, at):
+        if rule is not Rule.COST:
+            return part(slice(None))
+        # A batch has one length: each sequence is a batch of its own here.
+        length = torch.zeros_like(cap)
+        for b in (cap >= 0).nonzero().flatten().tolist():
+            length[b] = part(slice(b, b + 1))
+        return length
+
+    def _look(self, state, cap, seeds, at, credit):
         rows, tokens = self.rank.shape
         length = torch.zeros(rows, dtype=torch.int32)
         looking, looks = torch.zeros_like(length), torch.zeros_like(length)
@@ -106,7 +139,7 @@ class Replay:
             top = self.top1.gather(1, where[:, None])[:, 0]
             thompson_look(
                 state[0], state[1], cap, self.costs, self.ratio / 2, seeds, at, step, top,
-                length, bucket, run, looking,
+                length, bucket, run, looking, credit,
             )  # fmt: skip
             looks += looking * (cap >= 0)
             if not bool(looking.any()):
@@ -115,7 +148,11 @@ class Replay:
 
 
 def load_sets(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """rank and top1 by set; and a set whose drafts are never accepted."""
+    """rank and top1 by set, and three made-up sets of the hardest kind.
+
+    `hopeless`: no draft is accepted. `trap`: of a lane's sequences every other has all its drafts
+    accepted, the rest none. `turn`: all are, in the first half of each sequence; then none.
+    """
     with np.load(path) as traces:
         names = sorted({key.rpartition("|")[0] for key in traces})
         sets = {
@@ -126,48 +163,63 @@ def load_sets(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             for name in names
         }
     rank, top1 = next(iter(sets.values()))
-    sets["hopeless"] = (torch.ones_like(rank), top1)
+    odd, late = (
+        torch.arange(len(rank)) // LANES % 2,
+        torch.arange(rank.shape[1]) * 2 >= rank.shape[1],
+    )
+    for name, hard in zip(MADE_UP, (torch.ones(1), odd[:, None], late), strict=True):
+        sets[name] = (hard.expand_as(rank).to(torch.int32), top1)
     return sets
 
 
-def replay_set(rank, top1, ratio, prior, discount, rules: dict[str, tuple[Rule, int]]):
-    """By rule: x_hindsight, x_plain, its worst carried over and fresh, its mean carried over."""
-    tokens = rank.numel()
-    replay = Replay(rank, top1, ratio, prior, discount)
-    constant = {
-        n: float(replay.replay(Rule.CONSTANT, n, 0, None)[0].sum()) / tokens for n in CONSTANTS
-    }
-    best = min(constant.values())
-    out = {}
-    for name, (rule, length) in rules.items():
-        fresh, _ = replay.replay(rule, length, 1, None)
-        # Carried over: the sequences of a set one after the other, in so many lanes.
-        lanes, carried, state = 8, [], None
-        for first in range(0, len(rank) // lanes * lanes, lanes):
-            part = slice(first, first + lanes)
-            lane = Replay(rank[part], top1[part], ratio, prior, discount)
-            time, state = lane.replay(rule, length, 2 + first, state)
-            carried.append(time)
-        steady = torch.cat(carried[1:]) / rank.shape[1]
-        fresh = fresh / rank.shape[1]
-        out[name] = (
-            float(fresh.mean()) / best,
-            float(fresh.mean()),
-            float(steady.max()),
-            float(fresh.max()),
-            float(steady.mean()),
-        )
+def best_constant(rank, top1, ratio) -> float:
+    """Plain steps a token of the best constant length, chosen in hindsight."""
+    replay = Replay(rank, top1, ratio, (1.0, 1.0), 1.0)
+    times = [
+        replay.replay(Played(Rule.CONSTANT, n, bound=False), 0)[0].sum()
+        for n in range(MAX_DRAFT + 1)
+    ]
+    return float(min(times)) / rank.numel()
+
+
+def carry_over(rank, top1, ratio, prior, discount, played: Played) -> list[Replay]:
+    """A set's sequences one after the other in so many lanes; a replay for each turn."""
+    turns, state = [], None
+    for first in range(0, len(rank) // LANES * LANES, LANES):
+        part = slice(first, first + LANES)
+        turns.append(Replay(rank[part], top1[part], ratio, prior, discount))
+        _, state = turns[-1].replay(played, 2 + first, state)
+    return turns
+
+
+def replay_set(rank, top1, ratio, prior, discount, rules: dict[str, Played]):
+    """The figures of a row by rule."""
+    best, tokens, out = best_constant(rank, top1, ratio), rank.shape[1], {}
+    for name, played in rules.items():
+        fresh = Replay(rank, top1, ratio, prior, discount).replay(played, 1)[0] / tokens
+        turns = carry_over(rank, top1, ratio, prior, discount, played)
+        carried = torch.cat([turn.history[-1].time for turn in turns[1:]]) / tokens
+        out[name] = {
+            "x_hindsight": float(fresh.mean()) / best,
+            "x_plain": float(fresh.mean()),
+            "x_plain_carried": float(carried.mean()),
+            "x_plain_worst_carried": float(carried.max()),
+            "x_plain_worst_fresh": float(fresh.max()),
+        }
     return out
 
 
 def main() -> None:
-    """Replay, print a table, write `controller_replay.json`."""
+    """Replay, print a table, write `controller_replay.json`; or draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, default=TRACES)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.25])
     parser.add_argument("--prior", type=float, nargs=2, help="alpha, beta (the demo head's)")
     parser.add_argument("--discount", type=float, default=DEFAULT_DISCOUNT)
-    parser.add_argument("--rules", nargs="+", default=["cost", "calibrated", "bernoulli"])
+    parser.add_argument(
+        "--rules", nargs="+", default=["cost", "calibrated", "bernoulli", "cost" + UNBOUND]
+    )
+    parser.add_argument("--plot", type=Path, help="draw regret and posterior there, and end")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -176,39 +228,42 @@ def main() -> None:
         assert head is not None
         prior = head.config.prior_alpha, head.config.prior_beta
         args.prior = [PRIOR_WEIGHT * value for value in prior]
-    rules = {name: (Rule[name.upper()], MAX_DRAFT) for name in args.rules}
+    rules = {
+        name: Played(Rule[name.removesuffix(UNBOUND).upper()], bound=not name.endswith(UNBOUND))
+        for name in args.rules
+    }
+    sets = load_sets(args.traces)
+    if args.plot is not None:
+        from bench.controller_plot import draw
+
+        draw(args.plot, sets, tuple(args.prior), args.discount)
+        return
     rows = []
     for ratio in args.ratios:
         means = defaultdict(list)
-        for name, (rank, top1) in load_sets(args.traces).items():
+        for name, (rank, top1) in sets.items():
             found = replay_set(rank, top1, ratio, tuple(args.prior), args.discount, rules)
             for rule, figures in found.items():
-                rows.append(row(rule, name, ratio, *figures))
-                if name != "hopeless":
+                rows.append(row(rule, name, ratio, figures))
+                if name in MADE_UP:
+                    print(rows[-1], flush=True)
+                else:
                     means[rule].append(figures)
-        for rule, figures in means.items():
-            mean = np.asarray(figures)
-            worst = mean[:, 2].max(), mean[:, 3].max()
-            rows.append(row(rule, "mean", ratio, *mean[:, :2].mean(0), *worst, mean[:, 4].mean()))
-        for entry in rows:
-            if entry["cost_ratio"] == ratio and entry["set"] in ("mean", "hopeless"):
-                print(entry, flush=True)
+        for rule, of_sets in means.items():
+            figures = {
+                key: (max if "worst" in key else np.mean)([f[key] for f in of_sets])
+                for key in of_sets[0]
+            }
+            rows.append(row(rule, "mean", ratio, figures))
+            print(rows[-1], flush=True)
     rows += [{**entry, "rule": "default"} for entry in rows if entry["rule"] == DEFAULT]
     print(write_results("controller_replay", rows, out=args.out, on="cpu"))
 
 
-def row(rule, name, ratio, x_hindsight, x_plain, worst_carried, worst_fresh, carried):
+def row(rule, name, ratio, figures):
     """A result row."""
-    return {
-        "rule": rule,
-        "set": name,
-        "cost_ratio": ratio,
-        "x_hindsight": round(float(x_hindsight), 4),
-        "x_plain": round(float(x_plain), 4),
-        "x_plain_carried": round(float(carried), 4),
-        "x_plain_worst_carried": round(float(worst_carried), 4),
-        "x_plain_worst_fresh": round(float(worst_fresh), 4),
-    }
+    rounded = {key: round(float(value), 4) for key, value in figures.items()}
+    return {"rule": rule, "set": name, "cost_ratio": ratio, **rounded}
 
 
 if __name__ == "__main__":

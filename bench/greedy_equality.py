@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import eesd
-from bench.prompts import add_data_argument, load_prompts
+from bench.prompts import add_data_argument, left_padded, load_prompts
 from bench.results import write_results
 from eesd.cli.compare import plain_logits
 from eesd_kernels import _C
@@ -108,7 +108,7 @@ def mismatches(
     """Gaps between the two best logits at the first differing token of each unequal prompt."""
     gaps = []
     for first in range(0, len(prompts), batch):
-        ids, mask = _left_padded(prompts[first : first + batch])
+        ids, mask = left_padded(prompts[first : first + batch])
         plain, fast = (
             eesd.generate(
                 model,
@@ -128,13 +128,6 @@ def mismatches(
                 gaps.append(_gap(model, a[:at][mask[row].argmax() :]))
                 print(f"  prompt {first + row}, token {at}: gap {gaps[-1]:.2e}", flush=True)
     return gaps
-
-
-def _left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
-    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts])
-    return ids, mask.long()
 
 
 def _gap(model: eesd.Model, ids: Tensor) -> float:

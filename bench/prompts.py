@@ -1,10 +1,11 @@
-"""Evaluation prompts from a data folder that is no part of this repository."""
+"""Evaluation prompts from a data folder that is no part of this repository, also as batches."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eesd import Model
@@ -28,3 +29,11 @@ def load_prompts(folder: Path, name: str, model: Model, new_tokens: int) -> list
     prompts = [model.encode(json.loads(line)["prompt"])[0] for line in lines if line]
     room = model.config.max_position - new_tokens
     return [ids for ids in prompts if len(ids) <= room]
+
+
+def left_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts `[P_b]` as one batch `[B, P]` and its mask."""
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts])
+    return ids, mask.long()

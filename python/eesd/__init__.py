@@ -11,15 +11,27 @@ if TYPE_CHECKING:
     from eesd.generation import GenerateOutput, generate
     from eesd.generation_config import GenerationConfig
     from eesd.loading import Model, load
+    from eesd.posterior import Posterior
+    from eesd.synthetic_models import synthetic
 
-__all__ = ["GenerateOutput", "GenerationConfig", "Model", "generate", "load"]
+__all__ = [
+    "GenerateOutput",
+    "GenerationConfig",
+    "Model",
+    "Posterior",
+    "generate",
+    "load",
+    "synthetic",
+]
 
 _HOMES = {
     "GenerateOutput": "eesd.generation",
     "GenerationConfig": "eesd.generation_config",
     "Model": "eesd.loading",
+    "Posterior": "eesd.posterior",
     "generate": "eesd.generation",
     "load": "eesd.loading",
+    "synthetic": "eesd.synthetic_models",
 }
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eesd.allowance import DEFAULT_MAX_SLOWDOWN, Allowance
+from eesd.posterior import Posterior
 from eesd_kernels import Rule
 from eesd_kernels.thompson_draft_length import thompson_draft_length_op
 from eesd_kernels.thompson_look import thompson_look_op
@@ -70,6 +72,10 @@ BUCKETS = 8
 """Posteriors of the calibrated rule, one for each eighth of the exit's top probability."""
 
 
+LEAST = 1e-30
+"""The least parameter of a posterior that is returned."""
+
+
 class Controller:
     """Decides draft lengths for a batch; `max_draft` 0 is plain decoding.
 
@@ -89,17 +95,39 @@ class Controller:
         costs: Tensor | None,
         exit_cost: float = 0.0,
         discount: float = DEFAULT_DISCOUNT,
+        posterior: Posterior | None = None,
+        shared: bool = False,
+        threshold: float = 0.0,
+        max_slowdown: float | None = DEFAULT_MAX_SLOWDOWN,
     ) -> None:
+        """prior, discount: of the posterior. posterior: where it starts, None: at the prior.
+
+        shared: one posterior for all sequences, kept in equal rows. threshold: least top
+        probability of the exit at which a token is drafted. max_slowdown: see `Allowance`; None:
+        no bound. It binds the rules that weigh costs.
+        """
         self.rule, self.max_draft, self.discount = rule, max_draft, discount
+        self.shared, self.threshold = shared, threshold
         # Only the rules that weigh costs read them.
         self.costs = torch.ones(max_draft + 1, device=device) if costs is None else costs
         self.exit_cost = exit_cost
         calibrated = rule is Rule.CALIBRATED
+        self.credit: Tensor | None = None
+        self._token_credit, self._credit_limit = 1.0, float("inf")
+        self._planned = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._looked = 0  # exit steps of the round
+        if costs is not None and max_slowdown is not None and rule in (Rule.COST, Rule.CALIBRATED):
+            start, self._token_credit, self._credit_limit = Allowance.of(
+                max_slowdown, float(costs.max() / costs[0])
+            )
+            self.credit = torch.full((batch,), start, dtype=torch.float32, device=device)
         shape, split = ((batch, BUCKETS), BUCKETS) if calibrated else ((batch,), 1)
         self.prior_alpha, self.prior_beta = (
             torch.full(shape, value / split, dtype=torch.float32, device=device) for value in prior
         )
         self.alpha, self.beta = self.prior_alpha.clone(), self.prior_beta.clone()
+        if posterior is not None:
+            self._start_from(posterior)
         self._bucket: Tensor | None = None
         if calibrated:
             self._bucket = torch.full((batch, max_draft), -1, dtype=torch.int32, device=device)
@@ -114,9 +142,13 @@ class Controller:
         if self._bucket is not None:
             self._round = cap, seed, position
             return self._decide(torch.zeros_like(cap), 0, self._unread)
-        return thompson_draft_length_op(
-            self.alpha, self.beta, cap, int(self.rule), self.costs, seed, position
+        self._looked = 0
+        length = thompson_draft_length_op(
+            self.alpha, self.beta, cap, int(self.rule), self.costs, seed, position, self.credit
         )
+        if self.threshold > 0:
+            self._planned.copy_(length)
+        return length
 
     def looks(self, drafted: Tensor, step: int) -> bool:
         """Whether exit step `step` (1 for the first draft token) runs for any sequence."""
@@ -125,7 +157,12 @@ class Controller:
         return step <= int(drafted.max())
 
     def include(self, drafted: Tensor, step: int, top_prob: Tensor) -> Tensor:
-        """Draft lengths after the exit's look at token `step`."""
+        """Draft lengths after the exit's look at token `step`, which is not drawn yet."""
+        self._looked = step
+        if self.threshold > 0:
+            sure = top_prob >= self.threshold
+            top_prob = torch.where(sure, top_prob, -1.0)  # which no bucket holds
+            drafted = torch.where(sure, drafted, drafted.clamp(max=step - 1))
         return drafted if self._bucket is None else self._decide(drafted, step, top_prob)
 
     def stop(self, drafted: Tensor, ended: Tensor, step: int) -> Tensor:
@@ -136,23 +173,74 @@ class Controller:
         return torch.where(ended, drafted.clamp(max=step), drafted)
 
     def update(self, drafted: Tensor, accepted: Tensor) -> None:
-        """Fold in a round's outcome; `drafted` is -1 where a sequence took no part."""
-        if self.max_draft:
-            thompson_update_op(
-                self.alpha, self.beta, self.prior_alpha, self.prior_beta, drafted, accepted,
-                self.discount, self._bucket,
-            )  # fmt: skip
+        """Fold in a round's outcome; `drafted` is -1 where a sequence took no part.
 
-    def marginal(self) -> list[tuple[float, float]]:
-        """alpha and beta a sequence, summed over buckets where there are some."""
-        alpha, beta = (t.reshape(len(t), -1).sum(1).tolist() for t in (self.alpha, self.beta))
-        return list(zip(alpha, beta, strict=True))
+        A shared posterior takes in all sequences' tokens, and is discounted once:
+        `alpha = a0 + g (alpha - a0) + sum_b m_b`, `beta = b0 + g (beta - b0) + sum_b [m_b < l_b]`.
+        """
+        if not self.max_draft:
+            return
+        if self.threshold > 0 and self.credit is not None and self._bucket is None:
+            # Paid for what was planned; the threshold may have ended the round at a look.
+            looked = self.costs[self._looked]
+            spared = (self.costs.take(self._planned.max().long()) - looked) / self.costs[0]
+            self.credit += torch.where(drafted >= 0, spared, 0.0)
+        alpha, beta, discount = self.alpha, self.beta, self.discount
+        prior_alpha, prior_beta = self.prior_alpha, self.prior_beta
+        if self.shared:  # each sequence's own counts first, over nothing
+            prior_alpha = prior_beta = torch.zeros_like(alpha)
+            alpha, beta, discount = prior_alpha.clone(), prior_beta.clone(), 1.0
+        thompson_update_op(
+            alpha, beta, prior_alpha, prior_beta, drafted, accepted, discount, self._bucket,
+            self.credit, self._token_credit, self._credit_limit,
+        )  # fmt: skip
+        if self.shared:
+            for value, prior, counts in (
+                (self.alpha, self.prior_alpha, alpha),
+                (self.beta, self.prior_beta, beta),
+            ):
+                value.copy_(prior + self.discount * (value - prior) + counts.sum(0))
+
+    def posterior(self) -> Posterior:
+        """A copy of what is known now."""
+        # Under a prior that is larger by far, float32 may round a small value to 0.
+        return Posterior(self.alpha.clamp(min=LEAST), self.beta.clamp(min=LEAST))
+
+    def _start_from(self, given: Posterior) -> None:
+        """Take a posterior of one sequence or of each."""
+        batch, buckets = len(self.alpha), BUCKETS if self.rule is Rule.CALIBRATED else None
+        if given.buckets != buckets:
+            want, got = (
+                f"{n} buckets a sequence" if n else "one Beta law a sequence"
+                for n in (buckets, given.buckets)
+            )
+            raise ValueError(
+                f"assistant_posterior: expected {want} for the schedule {self.rule.name.lower()}, "
+                f"got {got}"
+            )
+        if given.alpha.device != self.alpha.device:
+            raise ValueError(
+                f"assistant_posterior: expected device {self.alpha.device}, "
+                f"got {given.alpha.device}; see Posterior.to"
+            )
+        if len(given) not in (1, batch):
+            raise ValueError(
+                f"assistant_posterior: expected one of {batch} sequences, or of one, "
+                f"got {len(given)}"
+            )
+        for value, start in ((self.alpha, given.alpha), (self.beta, given.beta)):
+            if self.shared and not torch.equal(start, start[:1].expand_as(start)):
+                raise ValueError(
+                    "assistant_posterior: expected equal rows to share, got different ones; "
+                    "see Posterior.sequence"
+                )
+            value.copy_(start)
 
     def _decide(self, drafted: Tensor, step: int, top_prob: Tensor) -> Tensor:
         cap, seed, position = self._round
         length = drafted.clone()
         thompson_look_op(
             self.alpha, self.beta, cap, self.costs, self.exit_cost, seed, position, step, top_prob,
-            length, self._bucket, self._run, self._looking,
+            length, self._bucket, self._run, self._looking, self.credit,
         )  # fmt: skip
         return length

@@ -21,10 +21,13 @@ _LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 def measured_costs(
     model: Model, head: ExitHead, batch: int, max_draft: int, sampling: Sampling
 ) -> CostTable:
-    """The cost table of this model at this batch size, measured on the first call and kept."""
+    """The cost table of this model at this batch size, measured on the first call and kept.
+
+    Logits processors are left out: custom ones may take any time, and are called for each row.
+    """
     sampled = bool((sampling.temperature > 0).any())
     filtered = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any())
-    key = (batch, head, sampled, filtered)
+    key = (batch, head, sampled, filtered, int(sampling.law[0]))
     known = model.measured_costs.get(key)
     if known is None or len(known.rest) <= max_draft:
         known = _measure(model.backbone, head, batch, max_draft, sampling)
@@ -54,7 +57,10 @@ def _measure(
 
     def rest(length: int) -> Callable[[], object]:
         rows, drafted = hidden.repeat(1, length + 1, 1), torch.full_like(context, length)
-        return lambda: engine.accept(rows, block(length + 1), [draft] * length, drafted, sampling)
+        at = block(length + 1)
+        return lambda: engine.verify(
+            engine.target(rows, at), at, [draft] * length, drafted, sampling
+        )
 
     # Between these the cost is taken to be a line: measuring each of many lengths takes seconds.
     lengths = sorted({n for n in _LENGTHS if n < max_draft} | {max_draft})

@@ -21,12 +21,16 @@ from eesd.cache import Block, KVCache
 from eesd.controller import Controller
 from eesd.exit_head import ExitHead
 from eesd.models import Llama
+from eesd.processors import Processors
 from eesd_kernels import Law
 from eesd_kernels.sample_draft import sample_draft_op
 from eesd_kernels.verify_linear import verify_linear_op
 
 PREFILL_CHUNK = 256
 """Rows a prefill step. A constant, so that a prompt is prefilled alike in every batch."""
+
+CANDIDATES = 32
+"""Exit logits that a sampled draft, or one that processors reorder, is chosen from."""
 
 
 @dataclass
@@ -52,9 +56,12 @@ class Sampling:
         top_p: float = 1.0,
         min_p: float = 0.0,
         law: Law = Law.SAMPLED,
-        draft_candidates: int = 32,
+        draft_candidates: int | None = None,
     ) -> "Sampling":
-        """The same rule for each sequence, a seed each."""
+        """The same rule for each sequence, a seed each.
+
+        draft_candidates: None for as many as the rule needs: one where it is greedy.
+        """
         n = len(seeds)
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
@@ -67,7 +74,7 @@ class Sampling:
             top_p=full(top_p, torch.float32),
             min_p=full(min_p, torch.float32),
             seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            draft_candidates=draft_candidates if temperature > 0 else 1,
+            draft_candidates=draft_candidates or (CANDIDATES if temperature > 0 else 1),
         )
 
 
@@ -88,6 +95,8 @@ class RoundResult(NamedTuple):
     num_accepted: Tensor  # [B] int32
     drafted: Tensor  # [B] int32, -1 for a sequence that took no part
     status: Tensor  # [B] int32
+    logits: Tensor  # [B, l+1, V], row j: of token j
+    scores: Tensor  # the same after the processors
 
 
 class Engine:
@@ -147,35 +156,52 @@ class Engine:
         )  # fmt: skip
         return child[:, 0], candidates, q
 
-    def accept(
+    def target(self, hidden: Tensor, block: Block) -> Tensor:
+        """`h_N` `[B, l+1, H]` through the rest of the model: logits `[B, l+1, V]`."""
+        return self.backbone.logits(self.rest(hidden, block))
+
+    def verify(
         self,
-        hidden: Tensor,
+        scores: Tensor,
         block: Block,
         drafts: list[tuple[Tensor, Tensor, Tensor]],
         drafted: Tensor,
         sampling: Sampling,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_N` `[B, l+1, H]` through the rest of the model, and the drafts' verdict."""
-        logits = self.backbone.logits(self.rest(hidden, block))
+        """The drafts' verdict under scores `[B, l+1, V]`: accepted, token ids, status."""
         if drafts:
             ids, q_ids, q = (torch.stack(parts, 1) for parts in zip(*drafts, strict=True))
         else:
             ids = drafted.new_empty(len(drafted), 0)
             q_ids, q = ids[..., None], sampling.temperature.new_empty(len(drafted), 0, 1)
         return verify_linear_op(
-            logits, ids, drafted, q_ids, q, sampling.law, sampling.temperature, sampling.top_k,
+            scores, ids, drafted, q_ids, q, sampling.law, sampling.temperature, sampling.top_k,
             sampling.top_p, sampling.min_p, sampling.seed, block.lengths, block.lengths,
         )  # fmt: skip
 
-    def run_round(
-        self, state: State, sampling: Sampling, controller: Controller, eos: Tensor | None
-    ) -> RoundResult:
-        """Draft, verify and commit once for every live sequence; updates state and posterior."""
-        base = state.length
-        room = torch.clamp(self.cache.capacity - 1 - base, max=controller.max_draft)
+    def plan(self, state: State, sampling: Sampling, controller: Controller) -> Tensor:
+        """Draft lengths `[B]` int32 of the next round as far as they are known before it."""
+        room = torch.clamp(self.cache.capacity - 1 - state.length, max=controller.max_draft)
         cap = torch.minimum(state.remaining - 1, room).clamp(min=0)
-        drafted = controller.plan(torch.where(state.alive, cap, -1), sampling.seed, base)
+        return controller.plan(torch.where(state.alive, cap, -1), sampling.seed, state.length)
 
+    def run_round(
+        self,
+        state: State,
+        drafted: Tensor,
+        sampling: Sampling,
+        controller: Controller,
+        eos: Tensor,
+        processors: Processors | None = None,
+        *,
+        steps: int | None = None,
+    ) -> RoundResult:
+        """Draft, verify and commit once for every live sequence; updates state and posterior.
+
+        steps: draft steps to run, known to the host, at least the largest of `drafted`; nothing is
+        then read from the device. None: the device is asked after each.
+        """
+        base = state.length
         token, hiddens, drafts = (
             state.pending,
             list[Tensor](),
@@ -186,27 +212,29 @@ class Engine:
             block = Block(base + step, (state.alive & (drafted >= step)).to(torch.int32))
             hidden = self.prefix(token[:, None], block)
             hiddens.append(hidden)
-            if not controller.looks(drafted, step + 1):
+            looks = controller.looks(drafted, step + 1) if steps is None else step < steps
+            if not looks:
                 if self.head:
                     self.head.write(hidden, self.cache, block)
                 break
             values, candidates, top_prob = self.look(hidden, block, sampling)
             drafted = controller.include(drafted, step + 1, top_prob)
-            if int(drafted.max()) <= step:
+            if steps is None and int(drafted.max()) <= step:
                 break
+            if processors is not None:
+                values, candidates = processors.candidates(values, candidates, base + step + 1)
             drafts.append(self.draw(values, candidates, block, sampling, base))
             token = drafts[-1][0].clamp(min=0)
-            if eos is not None:  # nothing is drafted after an end of text
-                drafted = controller.stop(drafted, torch.isin(token, eos), step + 1)
+            if processors is not None:
+                processors.write(base + step + 1, token)
+            # Nothing is drafted after an end of text.
+            drafted = controller.stop(drafted, torch.isin(token, eos), step + 1)
 
-        rows = torch.where(state.alive, drafted + 1, 0)
-        num_accepted, token_ids, status = self.accept(
-            torch.cat(hiddens, 1) if len(hiddens) > 1 else hiddens[0],
-            Block(base, rows.to(torch.int32)),
-            drafts,
-            drafted,
-            sampling,
-        )
+        rows = torch.where(state.alive, drafted + 1, 0).to(torch.int32)
+        block = Block(base, rows)
+        logits = self.target(torch.cat(hiddens, 1) if len(hiddens) > 1 else hiddens[0], block)
+        scores = logits if processors is None else processors.rows(logits, base, rows)
+        num_accepted, token_ids, status = self.verify(scores, block, drafts, drafted, sampling)
 
         emits = state.alive & (status == 0)
         count = torch.where(emits, num_accepted + 1, 0)
@@ -216,4 +244,7 @@ class Engine:
         state.length = base + count
         state.remaining = state.remaining - count
         state.pending = torch.where(emits, last, state.pending)
-        return RoundResult(token_ids, num_accepted, took_part, status)
+        state.alive = emits & ~torch.isin(token_ids, eos).any(1) & (state.remaining > 0)
+        if processors is not None:
+            processors.write(state.length, state.pending)
+        return RoundResult(token_ids, num_accepted, took_part, status, logits, scores)

@@ -1,21 +1,23 @@
 """What speculation did in a call: counts under the names that vLLM uses, and the posterior."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from eesd.controller import CostTable
+from eesd.posterior import Posterior
 
 
 @dataclass
 class SpeculativeStats:
     """Counts over all sequences of a call, of the text as returned (cut at its end).
 
-    per_step_drafted and per_step_accepted hold one list a sequence. posterior holds alpha and
-    beta a sequence as the controller left them (it sees rounds uncut). costs is the table used.
+    per_step_drafted and per_step_accepted hold one list a sequence. posterior is the controller's
+    as it left it (it sees rounds uncut), for `assistant_posterior` of a later call. costs is the
+    table used; None: no rule asked for one.
     """
 
     per_step_drafted: list[list[int]]
     per_step_accepted: list[list[int]]
-    posterior: list[tuple[float, float]] = field(default_factory=list)
+    posterior: Posterior
     costs: CostTable | None = None
 
     @property

@@ -154,6 +154,31 @@ def test_coupled_sampling_equals_plain_sampling(capsys: pytest.CaptureFixture) -
     assert plain["token_ids"] == coupled["token_ids"]
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--stop", "o", "--stop", "e"], {"stop_strings": ["o", "e"]}),
+        (["--repetition-penalty", "1.5"], {"repetition_penalty": 1.5}),
+        (["--no-repeat-ngram-size", "1"], {"no_repeat_ngram_size": 1}),
+        (["--min-new-tokens", "30", "--repetition-penalty", "4"],
+         {"min_new_tokens": 30, "repetition_penalty": 4.0}),
+        (["--confidence-threshold", "0.5"], {"assistant_confidence_threshold": 0.5}),
+        (["--sample", "--assistant-sampling", "block", "--schedule", "constant"],
+         {"do_sample": True, "assistant_sampling": "block",
+          "num_assistant_tokens_schedule": "constant"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_options_reach_generate(
+    options: list[str], arguments: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    report = report_of(capsys, PROMPT, "--max-new-tokens", "32", *options)
+    model = eesd.load("demo", device="cpu")
+    ids = model.encode(PROMPT)
+    want = eesd.generate(model, ids, max_new_tokens=32, seed=0, **arguments)
+    assert report["token_ids"] == want[0, ids.shape[1] :].tolist()  # type: ignore[index]
+
+
 def test_temperature_0_is_greedy(expected: str, capsys: pytest.CaptureFixture) -> None:
     report = report_of(capsys, PROMPT, *FEW, "--temperature", "0")
     assert (report["mode"], report["text"]) == ("greedy", expected)

@@ -1,28 +1,23 @@
 """Sampled speculative text has plain sampling's law, jointly; coupled, its very tokens."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
+from text_law import LEAST, PROMPT, VOCAB, exact_law, p_value
+from tiny_models import narrow_model
 from torch import Tensor
 
 import eesd.round
 from eesd import GenerateOutput, Model, generate, load
-from eesd.cache import Block
 from eesd.controller import SCHEDULES
 from eesd_kernels import Law
 
-VOCAB, PROMPT = 7, 3
 DRAWS = 20_000
 # Under a flat posterior lengths 0, 1 and 2 are equally good, so the length is the draw's.
 COSTS = {"prefix": 0.1, "exit": 0.2, "rest": (1.0, 1.25, 1.32)}
-LEAST = 1e-3
-"""The p-value below which a law is refused. Seeds are fixed, so a pass is a pass for ever."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,85 +29,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# --- the exact law, and the test against it
+# --- texts
 
 
 @pytest.fixture(scope="module")
 def narrow(make_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Vocabulary 7, three layers, a bare exit after the first that is right about half the time."""
-    folder = make_llama(
-        tmp_path_factory.mktemp("narrow") / "llama", vocab_size=VOCAB, hidden_size=16,
-        intermediate_size=32, num_hidden_layers=3, max_position_embeddings=16,
-    )  # fmt: skip
-    (folder / "tokenizer.json").unlink()
-    model = load(folder, assistant_early_exit=1, device="cpu", dtype="float32")
-    backbone = model.backbone
-    backbone.lm_head = backbone.lm_head / 3
-    assert model.exit_head is not None
-    model.exit_head.lm_head = backbone.lm_head
-    return model
-
-
-def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Probabilities `[n, V]`, one id after the other from the likeliest on, as documented."""
-    out = torch.zeros_like(logits, dtype=torch.float64)
-    for row, target in zip(logits.double() / temperature, out, strict=True):
-        kept = row.argsort(descending=True)[: top_k or VOCAB]
-        p = row[kept].softmax(0)
-        before = torch.cat((p.new_zeros(1), p.cumsum(0)[:-1]))
-        kept, p = kept[before < top_p], p[before < top_p]
-        kept, p = kept[p >= min_p * p[0]], p[p >= min_p * p[0]]
-        target[kept] = p / p.sum()
-    return out
-
-
-@torch.inference_mode()
-def exact_law(model: Model, length: int, eos: int | None = None, **rule: Any) -> Tensor:
-    """Probability `[V] * length` of every text behind the prompt, by enumeration in float32.
-
-    A text is filled up with its end of text where it ends before.
-    """
-    backbone = model.backbone
-    rule = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **rule}
-    contexts = torch.tensor(list(itertools.product(range(VOCAB), repeat=length - 1)))
-    ids = torch.cat((torch.full((len(contexts), 1), PROMPT), contexts), 1)
-    cache = backbone.new_cache(len(ids), length, exit_layers=0)
-    start = torch.zeros(len(ids), dtype=torch.int32)
-    hidden = backbone.run_layers(
-        backbone.embed(ids), 0, backbone.config.num_layers, cache, Block(start, start + length)
-    )
-    logits = backbone.logits(hidden)
-    law = torch.ones((VOCAB,) * length, dtype=torch.float64)
-    for place in range(length):
-        p = filtered(logits[:, place], **rule)
-        if eos is not None and place > 0:
-            ended = (contexts[:, :place] == eos).any(1)
-            p[ended] = torch.nn.functional.one_hot(torch.tensor(eos), VOCAB).double()
-        shape = (VOCAB,) * (length - 1)
-        every = p.view(*shape, VOCAB)  # by context and token; later context tokens do not matter
-        index = (slice(None),) * place + (0,) * (length - 1 - place)
-        conditional = every[index]
-        law = law * conditional[(...,) + (None,) * (length - 1 - place)]
-    assert law.sum() == pytest.approx(1.0)
-    return law
-
-
-def p_value(texts: Tensor, law: Tensor) -> float:
-    """Chi-square of texts `[n, length]`; rare cells are merged to an expectation of 5."""
-    length = texts.shape[1]
-    weights = VOCAB ** torch.arange(length - 1, -1, -1)
-    observed = torch.bincount((texts * weights).sum(1), minlength=law.numel()).numpy()
-    expected = law.flatten().numpy() * len(texts)
-    assert observed[expected == 0].sum() == 0, "a text that has no probability"
-    order = np.argsort(expected)
-    observed, expected = observed[order], expected[order]
-    rare = int(np.searchsorted(np.cumsum(expected), 5.0)) + 1
-    rare = max(rare, int((expected < 5).sum()))
-    cells = [(observed[:rare].sum(), expected[:rare].sum())]
-    cells += list(zip(observed[rare:], expected[rare:], strict=True))
-    counts, means = np.array(cells, dtype=np.float64).T
-    assert len(counts) > 10
-    return float(stats.chisquare(counts, means * counts.sum() / means.sum()).pvalue)
+    """Vocabulary 7, and drafts that are right about half the time."""
+    return narrow_model(make_llama, tmp_path_factory.mktemp("narrow") / "llama", VOCAB)
 
 
 def sample(model: Model, draws: int, first_seed: int = 0, **changes: Any) -> GenerateOutput:
@@ -171,6 +94,24 @@ def test_coupled_sampling_has_the_law(narrow: Model) -> None:
     )
     assert out.speculative.num_accepted_draft_tokens > 0.2 * DRAWS / 2
     assert p_value(new_tokens(out), exact_law(narrow, 3)) > LEAST
+
+
+@pytest.mark.parametrize("schedule", ["constant", "calibrated"])
+def test_block_sampling_has_the_law(narrow: Model, schedule: str) -> None:
+    """And takes no fewer drafts than rejection on the same ones."""
+    size, accepted = BATCH[schedule], {"block": 0, "rejection": 0}
+    draws = DRAWS // (4 if schedule == "constant" else 10)
+    for sampling in accepted:
+        outs = [
+            sample(
+                narrow, size, first, assistant_sampling=sampling,
+                num_assistant_tokens_schedule=schedule,
+            )
+            for first in range(0, draws, size)
+        ]  # fmt: skip
+        accepted[sampling] = sum(out.speculative.num_accepted_draft_tokens for out in outs)
+        assert p_value(torch.cat([new_tokens(out) for out in outs]), exact_law(narrow, 3)) > LEAST
+    assert accepted["block"] > accepted["rejection"] > 0
 
 
 @pytest.mark.parametrize(
@@ -377,6 +318,29 @@ def test_coupled_text_under_filters(tiny64: Model, rule: dict[str, Any]) -> None
     assert torch.equal(got, want)
     unfiltered = {**SAMPLED, "seed": list(range(20))}
     assert not torch.equal(generate(tiny64, ids, mask, num_assistant_tokens=0, **unfiltered), want)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_coupled_text_whatever_is_drafted(tiny64: Model, temperature: float, top_p: float) -> None:
+    """Every schedule and draft length, in a batch and, two prompts each time, alone."""
+    ids, mask, lengths = prompts_of(20)
+    options = {**SAMPLED, "temperature": temperature, "top_p": top_p}
+    seeds, turn = SEEDS[:20], 0
+    want = generate(tiny64, ids, mask, seed=seeds, num_assistant_tokens=0, **options)
+    for schedule in SCHEDULES:
+        for drafts in (1, 3, 8):
+            options |= {
+                "assistant_sampling": "coupled", "num_assistant_tokens_schedule": schedule,
+                "num_assistant_tokens": drafts,
+                "assistant_costs": {"prefix": 0.1, "exit": 0.1, "rest": (1.0,) * 9},
+            }  # fmt: skip
+            got = generate(tiny64, ids, mask, seed=seeds, **options)
+            assert torch.equal(got, want), (schedule, drafts)
+            for b in (turn % 20, (turn + 1) % 20):
+                alone = generate(tiny64, ids[b : b + 1, -lengths[b] :], seed=seeds[b], **options)
+                assert torch.equal(alone[0, lengths[b] :], want[b, ids.shape[1] :]), (schedule, b)
+            turn += 2
 
 
 def test_rejection_text_is_not_plain_samplings(tiny64: Model, plain_text: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from eesd.allowance import DEFAULT_MAX_SLOWDOWN, SETTLED, Allowance
 from eesd.config import ModelConfig
 from eesd.controller import SCHEDULES, Controller, CostTable
 from eesd.prompts import check_prompts, sequence_seeds
@@ -132,10 +133,12 @@ def controller(
     prior: tuple[float, float] = (1.0, 1.0),
     costs: Tensor | None = None,
     discount: float = 0.98,
+    **options: Any,
 ) -> Controller:
     return Controller(
-        batch, CPU, rule=rule, max_draft=max_draft, prior=prior, costs=costs, discount=discount
-    )
+        batch, CPU, rule=rule, max_draft=max_draft, prior=prior, costs=costs, discount=discount,
+        **options,
+    )  # fmt: skip
 
 
 def plan(of: Controller, caps: list[int], seed: int = 0) -> list[int]:
@@ -178,7 +181,8 @@ def test_cost_rule_picks_the_arithmetic_optimum(table: str) -> None:
         best, second = sorted(ranked, reverse=True)[:2]
         assert best > second * 1.0004  # else the draw decides
         want = ranked.index(best)
-        assert plan(controller(1, Rule.COST, prior=certain(theta), costs=costs), [8]) == [want]
+        of = controller(1, Rule.COST, prior=certain(theta), costs=costs, max_slowdown=None)
+        assert plan(of, [8]) == [want]
         chosen.add(want)
     assert len(chosen) > 2
 
@@ -211,7 +215,8 @@ def test_thompson_is_the_cost_rule() -> None:
 
 def test_thompson_explores() -> None:
     """Under a flat posterior the draw decides: hopeless and hopeful thetas both come."""
-    of = controller(1, Rule.COST, costs=TABLES["cheap drafts"].rounds(8, CPU))
+    costs = TABLES["cheap drafts"].rounds(8, CPU)
+    of = controller(1, Rule.COST, costs=costs, max_slowdown=None)
     lengths = [plan(of, [8], seed)[0] for seed in range(300)]
     assert set(lengths) >= {0, 8}
     assert lengths == [plan(of, [8], seed)[0] for seed in range(300)]
@@ -280,3 +285,69 @@ def test_the_posterior_forgets() -> None:
         of.update(torch.tensor([3]).int(), torch.tensor([2]).int())
     assert of.alpha.item() == pytest.approx(1 + 2 / 0.1, rel=1e-4)
     assert of.beta.item() == pytest.approx(1 + 1 / 0.1, rel=1e-4)
+
+
+# --- what drafts may lose
+
+
+def test_allowance_by_hand() -> None:
+    """Half of 2% of 256 steps at once, half with the tokens: 1.02 of plain from 256 tokens on."""
+    start, token, limit = Allowance.of(0.02, 1.8)
+    assert (start, token, limit) == pytest.approx((2.56, 1.01, 4 * 2.56 + 1.8))
+    for slowdown in (0.0, DEFAULT_MAX_SLOWDOWN, 0.5):
+        start, token, _ = Allowance.of(slowdown, 2.0)
+        assert start + token * SETTLED == pytest.approx((1 + slowdown) * SETTLED)
+
+
+def hopeful(rule: Rule, table: str, rounds: int, **options: Any) -> tuple[float, int]:
+    """Time of so many rounds over plain decoding's where hope is great and nothing is accepted."""
+    costs = TABLES[table].rounds(8, CPU)
+    of = controller(
+        1, rule, prior=certain(0.9999), costs=costs, exit_cost=TABLES[table].exit, **options
+    )
+    time, drafts = 0.0, 0
+    for n in range(rounds):
+        place = torch.full((1,), n, dtype=torch.int32)
+        length = of.plan(torch.full((1,), 8, dtype=torch.int32), torch.zeros(1).long(), place)
+        step = 1
+        while of.looks(length, step):
+            length = of.include(length, step, torch.full((1,), 0.95))
+            step += 1
+        of.update(length, torch.zeros_like(length))
+        time, drafts = time + float(costs[length.max()] / costs[0]), drafts + int(length)
+    return time / rounds, drafts
+
+
+@pytest.mark.parametrize("table", ["cheap drafts", "a step at five rows"])
+@pytest.mark.parametrize("rule", [Rule.COST, Rule.CALIBRATED])
+def test_no_hope_costs_more_than_the_slowdown(rule: Rule, table: str) -> None:
+    for rounds in (SETTLED, 1000):
+        slower, drafts = hopeful(rule, table, rounds)
+        assert slower <= 1 + DEFAULT_MAX_SLOWDOWN + 1e-4
+        assert drafts > 0
+    assert hopeful(rule, table, SETTLED, max_slowdown=0.2)[0] <= 1.2
+    assert hopeful(rule, table, SETTLED, max_slowdown=0.0) == (1.0, 0)
+    assert hopeful(rule, table, SETTLED, max_slowdown=None)[0] > 1.2
+
+
+def test_rules_that_weigh_no_costs_are_not_bound() -> None:
+    costs = TABLES["cheap drafts"].rounds(8, CPU)
+    for rule in (Rule.CONSTANT, Rule.BERNOULLI):
+        assert controller(2, rule, costs=costs).credit is None
+
+
+def test_a_threshold_pays_for_what_was_drafted() -> None:
+    """Planned 8, ended at the look at token 3: two tokens drafted, three looked at."""
+    costs = TABLES["cheap drafts"].rounds(8, CPU)
+    of = controller(2, Rule.COST, prior=certain(0.9999), costs=costs, threshold=0.5)
+    assert of.credit is not None
+    before = of.credit.clone()
+    length = torch.tensor(plan(of, [8, -1]), dtype=torch.int32)
+    assert length.tolist() == [8, 0]
+    for step, top in enumerate((0.9, 0.9, 0.1), 1):
+        assert of.looks(length, step)
+        length = of.include(length, step, torch.full((2,), top))
+    assert not of.looks(length, 4)
+    of.update(torch.tensor([int(length[0]), -1], dtype=torch.int32), torch.tensor([2, 0]).int())
+    price = float(costs[3] / costs[0])
+    assert of.credit.tolist() == pytest.approx([float(before[0]) - price + 3 * 1.01, 2.56])

@@ -143,6 +143,7 @@ def thompson_draft_length() -> dict[str, Any]:
         "costs": torch.linspace(1.0, 1.6, 6),
         "seed": torch.arange(4),
         "position": _positions(4),
+        "credit": torch.tensor([0.9, 0.0, 5.0, 0.2]),
     }
 
 
@@ -164,6 +165,7 @@ def thompson_look() -> dict[str, Any]:
         "bucket": bucket,
         "run": torch.tensor([[0.6, 2.4, 0.8]]).repeat(4, 1),
         "looking": torch.tensor([1, 1, 1, 0], dtype=torch.int32),
+        "credit": torch.tensor([0.9, -0.5, -0.9, 1.0]),
     }
 
 
@@ -176,6 +178,9 @@ def thompson_update() -> dict[str, Any]:
         "drafted": torch.tensor([5, 0, -1, 3], dtype=torch.int32),
         "accepted": torch.tensor([2, 0, 0, 3], dtype=torch.int32),
         "discount": 0.9,
+        "credit": torch.tensor([-0.9, 0.5, 1.0, -1.7]),
+        "token_credit": 1.01,
+        "credit_limit": 3.0,
     }
 
 

@@ -66,7 +66,9 @@ def run_timed(
 
 def warm_up(model: Model, ids: Tensor, config: GenerationConfig) -> None:
     """A few tokens, untimed: allocations, threads, and the round costs that are measured once."""
-    few = config.updated({"max_new_tokens": min(_WARM_UP_TOKENS, config.max_new_tokens)})
+    few = config.updated(
+        {"max_new_tokens": min(_WARM_UP_TOKENS, config.max_new_tokens), "min_new_tokens": 0}
+    )
     run_timed(model, ids[:, -_WARM_UP_TOKENS:], few, 0)
 
 

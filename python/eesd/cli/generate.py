@@ -60,6 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int,
         help=f"default: {NEW_TOKENS}, or the model's remaining positions if less",
     )  # fmt: skip
+    text.add_argument("--min-new-tokens", type=int, help="no end of text before (default: 0)")
+    text.add_argument(
+        "--stop", action="append", metavar="TEXT",
+        help="end behind the token that completes this text; may be given again",
+    )  # fmt: skip
+    text.add_argument(
+        "--repetition-penalty", type=float,
+        help="above 1: tokens that stand in the text already are less likely (default: 1)",
+    )  # fmt: skip
+    text.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N",
+        help="no N tokens in a row come twice (default: 0, off)",
+    )  # fmt: skip
     text.add_argument(
         "--sample", action="store_true",
         help="sample instead of taking the best token; the options below imply it",
@@ -77,8 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     draft.add_argument("--schedule", choices=SCHEDULES, help="of draft lengths (default: thompson)")
     draft.add_argument(
-        "--assistant-sampling", choices=("rejection", "coupled"),
+        "--assistant-sampling", choices=("rejection", "coupled", "block"),
         help="coupled: the same sampled tokens as plain decoding's with this seed",
+    )  # fmt: skip
+    draft.add_argument(
+        "--confidence-threshold", type=float, metavar="P",
+        help="end a draft where the exit head's best token is less likely (default: 0, off)",
     )  # fmt: skip
 
     report = parser.add_argument_group("report")
@@ -185,9 +202,14 @@ def _config(args: argparse.Namespace, room: int) -> "GenerationConfig":
     default = max(1, min(NEW_TOKENS, room))
     options["max_new_tokens"] = default if args.max_new_tokens is None else args.max_new_tokens
     for name, value in (
+        ("min_new_tokens", args.min_new_tokens),
+        ("stop_strings", args.stop),
+        ("repetition_penalty", args.repetition_penalty),
+        ("no_repeat_ngram_size", args.no_repeat_ngram_size),
         ("num_assistant_tokens", args.num_assistant_tokens),
         ("num_assistant_tokens_schedule", args.schedule),
         ("assistant_sampling", args.assistant_sampling),
+        ("assistant_confidence_threshold", args.confidence_threshold),
     ):
         if value is not None:
             options[name] = value
@@ -221,8 +243,11 @@ def _table(config: "GenerationConfig", output: "GenerateOutput", compared: "Comp
 def _verdict(config: "GenerationConfig", compared: "Comparison") -> str:
     if compared.ids_equal:
         return "equal"
-    if config.do_sample and config.assistant_sampling == "rejection":
-        return "differ, as they may: rejection sampling keeps the distribution, not the draws"
+    if config.do_sample and config.assistant_sampling != "coupled":
+        return (
+            f"differ, as they may: {config.assistant_sampling} sampling keeps the distribution, "
+            "not the draws"
+        )
     assert compared.difference is not None
     where = f"differ from new token {compared.difference.position} on"
     gap = compared.difference.logit_gap
