@@ -63,6 +63,16 @@ def measure(contenders: dict[str, Sequence[Call]], device: str, *, quick: bool) 
     return _on_cuda(contenders, replays=5 if quick else 60)
 
 
+def graph_time(function: Callable[..., object], inputs: Sequence[tuple]) -> Times:
+    """Times of `function(*inputs[i])` in replays of one CUDA graph, the inputs taken in turn.
+
+    Make `input_sets(bytes_each, "cuda")` of them, so that they rotate past three times the L2.
+    Contenders that shall be compared are timed in turn by `measure`.
+    """
+    calls = [lambda x=x: function(*x) for x in inputs]
+    return measure({"it": calls}, "cuda", quick=False)["it"]
+
+
 def _on_cpu(contenders: dict[str, Sequence[Call]], repeats: int) -> dict[str, Times]:
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     inner = {}
@@ -109,10 +119,18 @@ def _on_cuda(contenders: dict[str, Sequence[Call]], replays: int) -> dict[str, T
 
 
 def read_bandwidth() -> float:
-    """Bytes a microsecond of a plain read of 2 GiB, measured now."""
-    data = torch.ones(2**29, dtype=torch.float32, device="cuda")
-    times = _on_cuda({"sum": [lambda: data.sum()]}, replays=5)["sum"]
-    return data.numel() * data.element_size() / times.us
+    """Bytes a microsecond that reading 2 GiB once reaches, measured now: a ceiling for any op.
+
+    The better of a sum and of a matrix-vector product in bfloat16 (cuBLAS).
+    """
+    weight = torch.empty(2**17, 2**13, dtype=torch.bfloat16, device="cuda").normal_()
+    x, numbers = weight[:1].clone(), weight.view(torch.float32)
+    reads: dict[str, Sequence[Call]] = {
+        "sum": [lambda: numbers.sum()],
+        "product": [lambda: torch.nn.functional.linear(x, weight)],
+    }
+    times = _on_cuda(reads, replays=5)
+    return 2 * weight.numel() / min(t.us for t in times.values())
 
 
 def print_table(rows: Sequence[dict[str, object]]) -> None:

@@ -24,7 +24,7 @@ def swiglu(gate_up: Tensor, *, out: tuple[Tensor, ...] | None = None) -> Tensor 
         return None
     size = gate_up.shape[-1] // 2
     y = out[0] if out else gate_up.new_empty(*gate_up.shape[:-1], size)
-    x = gate_up.reshape(-1, 2 * size)
+    x = gate_up.contiguous().view(-1, 2 * size)
     if y.numel():
         grid = (x.shape[0], triton.cdiv(size, BLOCK))
         _swiglu_kernel[grid](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4)

@@ -1,0 +1,137 @@
+"""The row-invariant product of decoding against cuBLAS, on the shapes of LLaMA-2 13B and 70B.
+
+bf16, weights rotated past three times the L2. The fused forms stand beside the same work composed
+of PyTorch's own ops.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as cublas
+from torch.nn.functional import rms_norm, silu
+
+from bench.harness import Call, arguments, input_sets, measure, print_table, read_bandwidth
+from bench.results import write_results
+from eesd_kernels import reference
+from eesd_kernels.linear import linear_op
+
+SHAPES = [
+    (15_360, 5_120), (5_120, 5_120), (27_648, 5_120), (5_120, 13_824),
+    (10_240, 8_192), (8_192, 8_192), (57_344, 8_192), (8_192, 28_672),
+]  # fmt: skip
+HEADS = [(32_000, 5_120), (128_256, 8_192)]
+FUSED = [
+    (15_360, 5_120, "norm"), (27_648, 5_120, "swiglu"), (27_648, 5_120, "norm swiglu"),
+    (5_120, 13_824, "residual"),
+]  # fmt: skip
+ROWS = [1, 8, 16, 64]
+EPS = 1e-5
+TOLERANCE = 2e-2  # bf16, of results about one in size
+
+
+def normal(*shape: int, std: float = 1.0) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_(0, std)
+
+
+def given(rows: int, weight: Tensor, form: str) -> tuple[Any, ...]:
+    """The op's arguments."""
+    outs, columns = weight.shape
+    residual = normal(rows, outs) if "residual" in form else None
+    norm_weight = normal(columns, std=0.1) + 1 if "norm" in form else None
+    return normal(rows, columns), weight, residual, norm_weight, EPS, "swiglu" in form
+
+
+def composed(
+    x: Tensor, weight: Tensor, residual: Tensor | None, norm: Tensor | None, eps: float, gated: bool
+) -> Tensor:
+    """The same of PyTorch's own ops."""
+    if norm is not None:
+        x = rms_norm(x, norm.shape, norm, eps)
+    y = cublas(x, weight)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def bytes_moved(rows: int, outs: int, columns: int, form: str) -> int:
+    """Weight, x and result once, and the residual and the norm's weight where there are any."""
+    result = rows * outs // (2 if "swiglu" in form else 1)
+    numbers = outs * columns + rows * columns + result
+    return 2 * (numbers + result * ("residual" in form) + columns * ("norm" in form))
+
+
+def check(weight: Tensor, form: str) -> bool:
+    """Against float64 on 16 rows; whether each row has the same bits at every number of rows."""
+    x, weight, residual, *rest = given(max(ROWS) * 2, weight, form)
+    together = linear_op(x, weight, residual, *rest)
+
+    def of(rows: Any) -> Tensor:
+        return linear_op(x[rows], weight, None if residual is None else residual[rows], *rest)
+
+    some = slice(
+        None, None, max(1, weight.shape[0] // 1000) if form == "plain" else 1
+    )  # of the outputs
+    parts = [x[:16], weight[some], None if residual is None else residual[:16], *rest]
+    want = reference.linear(*(t.double() if isinstance(t, Tensor) else t for t in parts))
+    close = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    torch.testing.assert_close(together[:16, some].double(), want, **close)
+    order = torch.randperm(x.shape[0], device=x.device)
+    return torch.equal(of(order), together[order]) and all(
+        torch.equal(of(slice(at, at + rows)), together[at : at + rows])
+        for rows in ROWS
+        for at in (0, 37)
+    )
+
+
+def main() -> None:
+    """Measure, print and write `linear.json`."""
+    args = arguments(__doc__.splitlines()[0])
+    if args.device != "cuda":
+        print("linear is measured on a CUDA GPU")
+        return
+    torch.manual_seed(0)
+    bandwidth = read_bandwidth()
+    rows = []
+    for outs, columns, form in [*((o, h, "plain") for o, h in SHAPES + HEADS), *FUSED]:
+        sets = input_sets(2 * outs * columns, "cuda")
+        weights = [normal(outs, columns, std=columns**-0.5) for _ in range(sets)]
+        equal = check(weights[0], form)
+        for count in ROWS:
+            inputs = [given(count, weight, form) for weight in weights]
+            against = "linear" if form == "plain" else "composed"
+            contenders: dict[str, list[Call]] = {
+                "us": [lambda x=x: linear_op(*x) for x in inputs],
+                against: [lambda x=x: composed(*x) for x in inputs],
+            }
+            times = measure(contenders, "cuda", quick=args.quick)
+            moved = bytes_moved(count, outs, columns, form)
+            rows.append({
+                "O": outs, "H": columns, "R": count, "dtype": "bfloat16", "form": form,
+                **times["us"].row(), "bytes": moved,
+                "ceiling_share": round(moved / bandwidth / times["us"].us, 4),
+                f"us_{against}": round(times[against].us, 3),
+                f"x_{against}": round(times["us"].us / times[against].us, 4),
+                "rows_equal": equal,
+            })  # fmt: skip
+        del weights, inputs
+    print_table(rows)
+    print(f"read bandwidth {bandwidth * 1e-6:.3f} TB/s")
+    for name, shapes in (("eight shapes", SHAPES), ("with the heads", SHAPES + HEADS)):
+        for count in ROWS:
+            ratios = [
+                float(r["x_linear"]) for r in rows
+                if r["R"] == count and r["form"] == "plain" and (r["O"], r["H"]) in shapes
+            ]  # fmt: skip
+            print(f"x_linear, geometric mean, {name}, R {count}: {geometric_mean(ratios):.4f}")
+    print(write_results("linear", rows, out=args.out))
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+if __name__ == "__main__":
+    main()
