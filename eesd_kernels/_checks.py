@@ -69,6 +69,19 @@ class Checks:
             )
         return value
 
+    def outputs(
+        self, out: object, forms: Sequence[tuple[Sequence[str | int], torch.dtype]]
+    ) -> dict[str, Tensor]:
+        """Check the tensors to write results to; the arguments `out0`, .. of the op's `out` form."""
+        if not isinstance(out, (tuple, list)):
+            raise TypeError(f"{self.op}: out: expected a tuple, got {type(out).__name__}")
+        if len(out) != len(forms):
+            raise ValueError(f"{self.op}: out: expected {len(forms)} tensors, got {len(out)}")
+        return {
+            f"out{i}": self.tensor(f"out[{i}]", tensor, shape, dtype, contiguous=True)
+            for i, (tensor, (shape, dtype)) in enumerate(zip(out, forms, strict=True))
+        }
+
     def size(self, name: str, low: int) -> None:
         """Check that a size that a tensor has bound is at least `low`."""
         size, owner = self.sizes[name]

@@ -15,8 +15,10 @@ from torch import Tensor
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
 from eesd_kernels._cpu import philox_words_cpu, verify_linear_cpu
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 from eesd_kernels.laws import Law
+
+FILTERS = ("top_k", "top_p", "min_p")  # arguments that may be None: off in every sequence
 
 # The same words, bit for bit, from C++.
 _slow = partial(reference.verify_linear, words=philox_words_cpu)
@@ -40,10 +42,11 @@ def _fake(
 
 verify_linear_op = register(
     "verify_linear(Tensor target_logits, Tensor draft_ids, Tensor draft_length, Tensor? q_ids,"
-    " Tensor? q_probs, Tensor law, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,"
+    " Tensor? q_probs, Tensor law, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p,"
     " Tensor seed, Tensor position, Tensor base) -> (Tensor, Tensor, Tensor)",
     reference=reference.verify_linear,
     cpu=_cpu,
+    cuda=triton_op("verify_linear", reference.verify_linear),
     fake=_fake,
 )
 
@@ -56,9 +59,9 @@ def check_sampling(
     q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     position: Tensor,
     base: Tensor,
@@ -82,21 +85,22 @@ def check_sampling(
         ("position", position, torch.int32),
         ("base", base, torch.int32),
     ):
-        check.tensor(name, value, ("B",), dtype)
+        if value is not None or name not in FILTERS:
+            check.tensor(name, value, ("B",), dtype)
     if law.device.type != "cpu":
         return
     if bool(((law < min(Law)) | (law > max(Law))).any()):
         raise ValueError(
             f"{check.op}: law: expected {int(min(Law))} to {int(max(Law))}, got {law.tolist()}"
         )
-    for name, value, fits, text in (  # comparisons that NaN fails
-        ("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "0 or more"),
-        ("top_p", top_p, (top_p > 0) & (top_p <= 1), "above 0, at most 1"),
-        ("min_p", min_p, (min_p >= 0) & (min_p <= 1), "0 to 1"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
+    for name, number, fits, text in (  # comparisons that NaN fails
+        ("temperature", temperature, lambda x: (x >= 0) & x.isfinite(), "0 or more"),
+        ("top_p", top_p, lambda x: (x > 0) & (x <= 1), "above 0, at most 1"),
+        ("min_p", min_p, lambda x: (x >= 0) & (x <= 1), "0 to 1"),
+        ("top_k", top_k, lambda x: x >= 0, "0 or more"),
     ):
-        if not bool(fits.all()):
-            raise ValueError(f"{check.op}: {name}: expected {text}, got {value.tolist()}")
+        if number is not None and not bool(fits(number).all()):
+            raise ValueError(f"{check.op}: {name}: expected {text}, got {number.tolist()}")
     if q_ids is not None and bool((q_ids >= vocab).any()):
         raise ValueError(f"{check.op}: q_ids: expected ids below V = {vocab}")
     drawn = ((law == Law.SAMPLED) | (law == Law.BLOCK)) & (temperature > 0)
@@ -115,12 +119,14 @@ def verify_linear(
     q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     position: Tensor,
     base: Tensor,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Verify drafts of up to K tokens.
 
@@ -134,8 +140,10 @@ def verify_linear(
         law: `[B]` int32, see `Law`.
         temperature: `[B]` float32; 0 is greedy.
         top_k: `[B]` int32, 0 is off. top_p: `[B]` float32, 1 is off. min_p: `[B]` float32, 0 is
-            off. Ties at a threshold are kept.
+            off. Ties at a threshold are kept. None: off in every sequence; where all three are, no
+            kernel looks for thresholds.
         seed: `[B]` int64. position, base: `[B]` int32, place of the pending token, round base.
+        out: the three results, contiguous: written and returned, nothing is allocated but scratch.
 
     Returns:
         num_accepted int32 `[B]`; token ids int32 `[B, K+1]`: accepted tokens, then the correction
@@ -161,7 +169,15 @@ def verify_linear(
             )
         if bool((draft_ids >= vocab).any()):
             raise ValueError(f"verify_linear: draft_ids: expected ids below V = {vocab}")
-    return verify_linear_op(
+    arguments = (
         target_logits, draft_ids, draft_length, q_ids, q_probs, law,
         temperature, top_k, top_p, min_p, seed, position, base,
     )  # fmt: skip
+    if out is None:
+        return verify_linear_op(*arguments)
+    if len(out) != 3:
+        raise ValueError(f"verify_linear: out: expected 3 tensors, got {len(out)}")
+    for i, (tensor, shape) in enumerate(zip(out, (("B",), ("B", drafts + 1), ("B",)), strict=True)):
+        check.tensor(f"out[{i}]", tensor, shape, torch.int32, contiguous=True)
+    torch.ops.eesd.verify_linear.out(*arguments, out0=out[0], out1=out[1], out2=out[2])
+    return out

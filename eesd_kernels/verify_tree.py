@@ -2,8 +2,10 @@
 
 A walk from the root, at each node over its children in the order drawn, then one draw where it
 stops; the equations stand in `reference/verify_tree.py`. Text that comes out has exactly the
-target's law, whatever the tree. It needs the logits rows of the path alone, `4 (m + 1) V` bytes in
-float32 for m accepted tokens. It prunes and re-orders nothing.
+target's law, whatever the tree. The reference reads the logits rows of the path alone; the kernels
+read each live row once, `2 n V` bytes in bfloat16 for n nodes, and that bounds them. Draft laws are
+sparse (`q_ids`, `q_probs` from `sample_draft`) or absent; dense ones, float64 logits and trees of
+more than 64 nodes go through the reference on any device. It prunes and re-orders nothing.
 """
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 from eesd_kernels.verify_linear import check_sampling
 
 
@@ -29,10 +31,11 @@ def _fake(
 
 verify_tree_op = register(
     "verify_tree(Tensor target_logits, Tensor node_ids, Tensor parent, Tensor num_nodes,"
-    " Tensor? q_ids, Tensor? q_probs, Tensor law, Tensor temperature, Tensor top_k, Tensor top_p,"
-    " Tensor min_p, Tensor seed, Tensor position, Tensor base)"
+    " Tensor? q_ids, Tensor? q_probs, Tensor law, Tensor temperature, Tensor? top_k,"
+    " Tensor? top_p, Tensor? min_p, Tensor seed, Tensor position, Tensor base)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.verify_tree,
+    cuda=triton_op("verify_tree", reference.verify_tree),
     fake=_fake,
 )
 
@@ -46,12 +49,14 @@ def verify_tree(
     q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     position: Tensor,
     base: Tensor,
+    *,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Verify trees of up to T nodes, the root among them.
 
@@ -67,8 +72,10 @@ def verify_tree(
         law: `[B]` int32, see `Law`; `BLOCK`, linear only, goes by the rule of `SAMPLED`.
         temperature: `[B]` float32; 0 is greedy.
         top_k: `[B]` int32, 0 is off. top_p: `[B]` float32, 1 is off. min_p: `[B]` float32, 0 is
-            off. Ties at a threshold are kept.
+            off. Ties at a threshold are kept. None: off in every sequence; where all three are, no
+            kernel looks for thresholds.
         seed: `[B]` int64. position, base: `[B]` int32, place of the root, round base.
+        out: the four results, contiguous: written and returned, nothing is allocated but scratch.
 
     Returns:
         num_accepted int32 `[B]`; accepted node path int32 `[B, T]`: the root's 0, then the nodes
@@ -103,7 +110,13 @@ def verify_tree(
             )
         if bool((live & (node_ids >= vocab) & (index > 0)).any()):
             raise ValueError(f"verify_tree: node_ids: expected ids below V = {vocab}")
-    return verify_tree_op(
+    arguments = (
         target_logits, node_ids, parent, num_nodes, q_ids, q_probs, law,
         temperature, top_k, top_p, min_p, seed, position, base,
     )  # fmt: skip
+    if out is None:
+        return verify_tree_op(*arguments)
+    each, path = (("B",), torch.int32), (("B", "T"), torch.int32)
+    outs = check.outputs(out, (each, path, path, each))
+    torch.ops.eesd.verify_tree.out(*arguments, **outs)
+    return out

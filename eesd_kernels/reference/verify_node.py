@@ -70,6 +70,25 @@ class Settings(NamedTuple):
     top_p: float
     min_p: float
 
+    @classmethod
+    def of(
+        cls,
+        b: int,
+        law: Tensor,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+    ) -> "Settings":
+        """Those of sequence b; a filter that is None is off."""
+        return cls(
+            Law(int(law[b])),
+            float(temperature[b]),
+            0 if top_k is None else int(top_k[b]),
+            1.0 if top_p is None else float(top_p[b]),
+            0.0 if min_p is None else float(min_p[b]),
+        )
+
     def target(self, logits: Tensor) -> Tensor | None:
         return target_law(logits, self.temperature, self.top_k, self.top_p, self.min_p)
 

@@ -34,9 +34,9 @@ def verify_tree(
     q_probs: Tensor | None,
     law: Tensor,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seed: Tensor,
     position: Tensor,
     base: Tensor,
@@ -47,9 +47,7 @@ def verify_tree(
     path = torch.full((batch, width), -1, dtype=torch.int32, device=target_logits.device)
     token_ids, status = torch.full_like(path, -1), torch.zeros_like(num_accepted)
     for b in range(batch):
-        settings = Settings(
-            Law(int(law[b])), float(temperature[b]), int(top_k[b]), float(top_p[b]), float(min_p[b])
-        )
+        settings = Settings.of(b, law, temperature, top_k, top_p, min_p)
         one = slice(b, b + 1)
         c = torch.zeros_like(base[one]) if settings.law == Law.COUPLED else base[one]
         noise = Noise(seed[one], position[one], c, words)

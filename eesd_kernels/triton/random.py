@@ -59,3 +59,38 @@ def log_race(word):
     y = 1.0 - u
     e = tl.where(y == 1.0, u, tl.log(y) * u / (y - 1.0))
     return tl.log(e)
+
+
+@triton.jit
+def words_of_block(first, position, base, purpose, seed, N: tl.constexpr):
+    """The words `[N]` of the ids from `first` on, one Philox call four; both multiples of 4."""
+    index = first // 4 + tl.arange(0, N // 4)
+    w0, w1, w2, w3 = words_of(index, position, base, purpose, seed)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
+
+
+@triton.jit
+def race_noise(word):
+    """`E = -log1p(-u)` within 4e-7 of itself, u as in `log_race`.
+
+    A race over many ids is as fast as this is short: no libdevice, no branch, no division.
+    """
+    # Rounded once up to 2^24 and, by the sticky last bit, from 2^31 on, where 1 - u is sensitive.
+    odd = word | (word >> 31)
+    u = tl.fma(odd.to(tl.float32), 1.0 / (1 << 32), 0.5 / (1 << 32))
+    u = tl.minimum(u, 1.0 - 1.0 / (1 << 24))
+    y = 1.0 - u
+    # y = m 2^e with m in [sqrt(1/2), sqrt(2)); where e is 0, m - 1 is -u without y's rounding.
+    bits = y.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    r = tl.where(e == 0, -u, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
+    # (log1p(r) - r) / r^2: the best of degree 7 on that range, by Lawson's iteration in float64.
+    q = tl.fma(r, 0.08994706720113754, -0.14417777955532074)
+    q = tl.fma(r, q, 0.14874641597270966)
+    q = tl.fma(r, q, -0.1655304729938507)
+    q = tl.fma(r, q, 0.19964511692523956)
+    q = tl.fma(r, q, -0.25002521276474)
+    q = tl.fma(r, q, 0.33333900570869446)
+    q = tl.fma(r, q, -0.49999985098838806)
+    log1p = tl.fma(r * r, q, r)
+    return -tl.fma(e.to(tl.float32), 0.6931471805599453, log1p)

@@ -20,7 +20,7 @@ def _copy(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _positional(op: str, arguments: dict[str, Any]) -> list[Any]:
     schema = getattr(torch.ops.eesd, op).default._schema.arguments
-    defaults = {"eps": 1e-5, "scale": 6**-0.5}
+    defaults = {"eps": 1e-5, "scale": 6**-0.5, "swiglu": False}
     values = [arguments.get(a.name, defaults.get(a.name)) for a in schema]
     return [int(v) if a.name == "rule" else v for a, v in zip(schema, values, strict=True)]
 
@@ -99,6 +99,12 @@ def test_says_which_size_differs(op: str):
         ("exit_topk", {"k": 2.5}, "k: expected an integer, got 2.5"),
         ("sample_draft", {"n": 8}, "n: expected 1 to 7, got 8"),
         ("thompson_update", {"discount": 1.5}, "discount: expected 0.0 to 1.0, got 1.5"),
+        ("thompson_update", {"token_credit": -1.0}, "token_credit: expected 0.0 to inf, got -1.0"),
+        (
+            "thompson_update",
+            {"credit_limit": torch.nan},
+            "credit_limit: expected 0.0 to inf, got nan",
+        ),
         ("thompson_draft_length", {"rule": 9}, "rule: expected 0 .bernoulli., 1 .cost."),
         (
             "thompson_draft_length",
@@ -135,4 +141,4 @@ def test_values_out_of_range(op: str, changes: dict[str, Any], message: str):
 
 def test_implementations_names_every_op():
     assert sorted(ek.implementations()) == sorted(SAMPLES)
-    assert ek.implementations()["linear"] == {"cpu": "C++", "cuda": "PyTorch reference"}
+    assert ek.implementations()["linear"] == {"cpu": "C++", "cuda": "Triton"}

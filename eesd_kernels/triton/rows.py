@@ -1,0 +1,279 @@
+"""Rows of logits `[B, R, V]`, split over the vocabulary: what both verifiers do with them.
+
+Three launches: `statistics` over every live row, the verifier's own walk, and `race` over the row
+where the walk stopped. A *split* is `BLOCK` consecutive ids of one row, in the registers of one
+program and read once; BLOCK goes by V alone, and splits are merged in ascending order, so a row has
+the same bits in any batch. Where rows are few, `statistics` races in every row at once and the walk
+finishes alone (`FOLD`): the keys are the same bits, so the ids are too.
+
+Planes of `partial`, float32 `[B, R, 4, S]`, S splits a row (`TOP`, `SUM`, `KEY`, `ID`):
+- top: the largest kept logit, -inf where the split has none.
+- sum: of `exp((x - top) / T)` over kept ids; NaN where the split holds NaN or +inf.
+- key: the smallest `E_x exp((top - x) / T)`; +inf: no race, or nobody in it. Smallest over all
+  splits after `* exp((top of the row - top) / T)` is `argmin E_x / p(x)`.
+- id (int32 bits): of that key. In rows of temperature 0: the lowest id of the split's top.
+
+A *stop*, int32 `[B, STOP]`, is what the walk tells the race of a sequence (fields below): keys are
+in units of the row's `E / exp((x - top) / T)`, so an id of probability r has the key
+`E / (r * normaliser)` with the normaliser that `merge` gives.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+from eesd_kernels.triton.random import race_noise, words_of_block
+from eesd_kernels.triton.splits import (
+    COUPLED,
+    DETERMINISTIC,
+    NO_ID,
+    TARGET,
+    depth_of,
+    exponent,
+    finite_or_zero,
+    load_split,
+    merge_races,
+    pick,
+    race_split,
+    without,
+    without_children,
+)
+
+FOLD_BELOW = 1 << 21  # logits
+OVERLAP_HEAD = True
+
+TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
+
+STOP = tl.constexpr(8)
+ROW = tl.constexpr(0)  # the row to race over; -1: none, the walk has written the token
+PLACE = tl.constexpr(1)  # where its token goes in token_ids
+DEPTH = tl.constexpr(2)  # noise stands at position + depth + 1, round base `base` (or 0: coupled)
+SCALE = tl.constexpr(3)  # float32: the weight of p outside the excluded ids, 1 but for block rows
+INSIDE_KEY = tl.constexpr(4)  # float32: the best key among the excluded ids by what is left of p
+TAKE = INSIDE_KEY  # float32, for dense laws, which exclude: what of q is taken out of p
+INSIDE_ID = tl.constexpr(5)  # its id
+REST_ID = tl.constexpr(6)  # the winner where nothing is left anywhere: by p, among the excluded ids
+ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, counted by the race
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
+    position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
+    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, EAGER: tl.constexpr,
+    BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    b, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    first = split * BLOCK
+    row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
+    cutoff = float("-inf")
+    if cutoff_ptr is not None:
+        cutoff = tl.load(cutoff_ptr + b * rows + row)
+    live, law = tl.load(live_ptr + b), tl.load(law_ptr + b)
+    temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
+    position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
+    if EAGER:  # the row's own load waits for nothing
+        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
+    if FOLD:
+        if parent_ptr is None:
+            child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
+        if q_ids_ptr is not None:
+            some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
+            listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
+    if row < tl.maximum(live, 0) + BONUS:
+        if not EAGER:
+            ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
+        c, sampled = exponent(temperature), temperature > 0
+        noise = tl.zeros((BLOCK,), tl.float32)
+        if sampled and (FOLD or law == COUPLED):  # while the logits are on their way
+            depth = row
+            if parent_ptr is not None:
+                depth = depth_of(parent_ptr + b * rows, row)
+            place, base = position + depth + 1, tl.where(law == COUPLED, 0, base)
+            noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
+        top = tl.max(x, 0)
+        total = tl.sum(tl.exp2((x - finite_or_zero(top)) * c), 0)
+        key, who = float("inf"), first
+        if not sampled:
+            who = tl.min(tl.where(x == top, ids, NO_ID), 0)
+        elif FOLD or law == COUPLED:
+            if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
+                if law != COUPLED and row < live:
+                    if law == DETERMINISTIC or q_ids_ptr is None:
+                        if parent_ptr is None:
+                            x = tl.where(ids == child, float("-inf"), x)
+                        else:
+                            x = without_children(
+                                x, ids, first, child_ptr + b * rows, parent_ptr + b * rows, row,
+                                live, CHILDREN, BLOCK,
+                            )  # fmt: skip
+                    elif q_ids_ptr is not None:
+                        x = without(x, ids, first, listed, list_ptr, k, BLOCK)
+            key, who = race_split(x, ids, top, c, noise)
+        at = partial_ptr + (b * rows + row) * 4 * splits + split
+        tl.store(at + TOP * splits, top)
+        tl.store(at + SUM * splits, total)
+        tl.store(at + KEY * splits, key)
+        tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _race_kernel(
+    logits_ptr, stride_b, stride_r, temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr,
+    partial_ptr, stop_ptr, excluded_ptr, candidate_ptr, token_ids_ptr, rows, width, vocab, splits,
+    count, BLOCK: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    stop, first = stop_ptr + b * STOP, split * BLOCK
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.load(stop + ROW)
+    seed, base = tl.load(seed_ptr + b), tl.load(base_ptr + b)
+    position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
+    if row >= 0:
+        cutoff = float("-inf")
+        if cutoff_ptr is not None:
+            cutoff = tl.load(cutoff_ptr + b * rows + row)
+        row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
+        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
+        some, list_ptr = tl.arange(0, COUNT), excluded_ptr + b * count
+        listed = tl.load(list_ptr + some, mask=some < count, other=-1)
+        at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
+        top = tl.load(at + split)
+        position += tl.load(stop + DEPTH) + 1
+        noise = race_noise(words_of_block(first, position, base, TARGET, seed, BLOCK))
+        x = without(x, ids, first, listed, list_ptr, count, BLOCK)
+        key, who = race_split(x, ids, top, c, noise)
+        mine = candidate_ptr + b * 2 * splits
+        tl.store(mine + split, key.to(tl.int32, bitcast=True))
+        tl.store(mine + splits + split, who)
+        tl.debug_barrier()  # the block's stores stand before its arrival
+        if tl.atomic_add(stop + ARRIVED, 1, sem="acq_rel") == splits - 1:
+            every = tl.arange(0, SPLITS)
+            live = every < splits
+            keys = tl.load(mine + every, mask=live, other=0x7F800000, cache_modifier=".cg")
+            them = tl.load(mine + splits + every, mask=live, other=NO_ID, cache_modifier=".cg")
+            tops = tl.load(at + every, mask=live, other=float("-inf"))
+            least, token = merge_races(
+                keys.to(tl.float32, bitcast=True), tops, them, tl.max(tops, 0), c, 0
+            )
+            token = pick(
+                least, token, tl.load(stop + SCALE).to(tl.float32, bitcast=True),
+                tl.load(stop + INSIDE_KEY).to(tl.float32, bitcast=True),
+                tl.load(stop + INSIDE_ID), tl.load(stop + REST_ID),
+            )  # fmt: skip
+            tl.store(token_ids_ptr + b * width + tl.load(stop + PLACE), token)
+
+
+def split_of(vocab: int) -> tuple[int, int]:
+    """ids of a split, warps of its program: a function of V alone."""
+    return (2048, 4) if vocab <= 65_536 else (4096, 8)
+
+
+def splits_of(vocab: int) -> int:
+    return triton.cdiv(vocab, split_of(vocab)[0])
+
+
+def folds(logits: Tensor) -> bool:
+    """Whether racing in every row costs less than a launch for the row where the walk stops."""
+    return logits.numel() < FOLD_BELOW
+
+
+def programmatic(tensor: Tensor) -> bool:
+    """Whether a launch may overlap the end of the one before it: from Hopper on."""
+    if tensor.device.type == "cpu":  # the interpreter
+        return False
+    arch = driver.active.get_current_target().arch
+    return isinstance(arch, int) and arch >= 90
+
+
+def new_partial(logits: Tensor) -> Tensor:
+    """Room for what `statistics` writes."""
+    batch, rows, vocab = logits.shape
+    return torch.empty(batch, rows, 4, splits_of(vocab), dtype=torch.float32, device=logits.device)
+
+
+def statistics(
+    logits: Tensor,
+    live: Tensor,
+    law: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    partial: Tensor,
+    *,
+    bonus: int,
+    cutoff: Tensor | None = None,
+    parent: Tensor | None = None,
+    fold: bool = False,
+    child_ids: Tensor | None = None,
+    q_ids: Tensor | None = None,
+) -> None:
+    """Fill the planes of every row r < live + bonus; other rows stay as they were.
+
+    Args:
+        logits: `[B, R, V]`, its last dimension contiguous; all else contiguous.
+        live: `[B]` int32, draft lengths (bonus 1) or numbers of nodes (bonus 0).
+        cutoff: `[B, R]` float32, the smallest kept logit of each row.
+        parent: `[B, R]` int32 of a tree; None: row r has depth r.
+        fold: race in all rows of temperature above 0, not in the coupled ones alone, over the ids
+            that the walk does not weigh itself: in rows r < live without `q_ids [B, Q, k]` of the
+            row, where the law is deterministic or q_ids None without the row's children, which are
+            `child_ids [B, Q]` (linear: that of row r at r; tree: of node i at i).
+    """
+    batch, rows, vocab = logits.shape
+    block, warps = split_of(vocab)
+    splits = partial.shape[3]
+    children = child_ids.shape[1] if child_ids is not None else 1
+    q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
+    pdl = programmatic(logits)
+    _statistics_kernel[(batch, rows, splits)](
+        logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
+        base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
+        BONUS=bonus, FOLD=fold, EAGER=fold, BLOCK=block,
+        CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
+        PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl and OVERLAP_HEAD else {}),
+    )  # fmt: skip
+
+
+def race(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    partial: Tensor,
+    stop: Tensor,
+    excluded: Tensor,
+    token_ids: Tensor,
+    *,
+    cutoff: Tensor | None = None,
+) -> None:
+    """Race over the row of each stop, outside its excluded ids, and write the token.
+
+    Launched right behind the walk, which must not let it start before its own wait for
+    `statistics` is over: `gdc_launch_dependents` after `gdc_wait`, or not at all.
+
+    Args:
+        stop: int32 `[B, STOP]`. excluded: int32 `[B, E]`, -1: none; both by the walk.
+        token_ids: int32 `[B, W]`, contiguous.
+    """
+    batch, rows, vocab = logits.shape
+    block, warps = split_of(vocab)
+    splits, count = partial.shape[3], excluded.shape[1]
+    candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
+    pdl = programmatic(logits)
+    _race_kernel[(batch, splits)](
+        logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
+        partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
+        count, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
+        COUNT=triton.next_power_of_2(count), PDL=pdl, num_warps=warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Device functions over one split of a row of logits, and over a row's splits: see `rows.py`."""
+
+import triton
+import triton.language as tl
+
+from eesd_kernels.triton.random import race_noise
+
+NO_ID = tl.constexpr(2**31 - 1)
+DETERMINISTIC, COUPLED = tl.constexpr(1), tl.constexpr(2)
+TARGET = tl.constexpr(2)  # the purpose of the race's noise
+
+
+@triton.jit
+def from_l2(ptr):
+    """A load for before `gdc_wait`, of what older kernels wrote: it may not meet a stale L1."""
+    return tl.load(ptr, cache_modifier=".cg")
+
+
+@triton.jit
+def some_from_l2(ptr, mask, other):
+    """The same with a mask."""
+    return tl.load(ptr, mask=mask, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def exponent(temperature):
+    """c of `exp2(x * c) = exp(x / T)`; a greedy row is summed as if its temperature were 1."""
+    t = tl.where(temperature > 0, temperature, 1.0)
+    return tl.minimum(1.4426950408889634 / t, 3e38)
+
+
+@triton.jit
+def finite_or_zero(top):
+    """A largest logit to subtract: 0 where it is -inf, so that no difference is NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def depth_of(parent_ptr, row):
+    """Steps from the root of the parents `[R]`."""
+    depth, node = 0, row
+    while node > 0:
+        up = tl.load(parent_ptr + node)
+        node = tl.where(up < node, up, 0)
+        depth += 1
+    return depth
+
+
+@triton.jit
+def load_split(row_ptr, cutoff, first, vocab, BLOCK: tl.constexpr):
+    """ids and logits `[BLOCK]` of the split at `first`, float32; -inf below the cutoff."""
+    ids = first + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    return ids, tl.where(x < cutoff, float("-inf"), x)  # NaN stays
+
+
+@triton.jit
+def without(x, ids, first, listed, list_ptr, count, BLOCK: tl.constexpr):
+    """x with the listed ids at -inf: a vector, and the same in memory, `count` from `list_ptr`."""
+    if tl.max(((listed >= first) & (listed < first + BLOCK)).to(tl.int32), 0) > 0:
+        for i in range(count):
+            x = tl.where(ids == tl.load(list_ptr + i), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def without_children(x, ids, first, child_ptr, parent_ptr, row, count, COUNT: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    """The same with the nodes' tokens `[count]` of which `row` is the parent."""
+    at = tl.arange(0, COUNT)
+    token = tl.load(child_ptr + at, mask=at < count, other=-1)
+    mine = tl.load(parent_ptr + at, mask=at < count, other=-2) == row
+    if tl.max((mine & (token >= first) & (token < first + BLOCK)).to(tl.int32), 0) > 0:
+        for i in range(count):
+            if tl.load(parent_ptr + i) == row:
+                x = tl.where(ids == tl.load(child_ptr + i), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def race_split(x, ids, top, c, noise):
+    """key and id of a split's winner; `top` is that of the whole split, c of `exponent`."""
+    keys = noise * tl.exp2((finite_or_zero(top) - x) * c)
+    key = tl.min(keys, 0)
+    return key, tl.min(tl.where(keys == key, ids, NO_ID), 0)
+
+
+@triton.jit
+def winner(keys, ids, axis: tl.constexpr):
+    """The smallest key along an axis and its id, the lowest of equals."""
+    key = tl.min(keys, axis)
+    return key, tl.min(tl.where(keys == tl.expand_dims(key, axis), ids, NO_ID), axis)
+
+
+@triton.jit
+def merge(tops, sums, c, axis: tl.constexpr):
+    """top and normaliser `sum exp((x - top) / T)` of rows from their splits along an axis.
+
+    A bad row (NaN, +inf, no finite logit) has a normaliser that is NaN or 0: ask `not > 0`.
+    """
+    top = tl.max(tops, axis)
+    weight = tl.exp2((tops - tl.expand_dims(finite_or_zero(top), axis)) * c)
+    # A split without logits weighs nothing; one with +inf has a NaN sum.
+    return top, tl.sum(tl.where(tops == float("-inf"), sums * 0.0, sums * weight), axis)
+
+
+@triton.jit
+def merge_races(keys, tops, ids, top, c, axis: tl.constexpr):
+    """The winner of rows from their splits' winners; `top` as `merge` gives it."""
+    lift = tl.exp2((tl.expand_dims(finite_or_zero(top), axis) - finite_or_zero(tops)) * c)
+    # Nobody in a split: inf * 0 would be NaN.
+    return winner(tl.where(keys == float("inf"), keys, keys * lift), ids, axis)
+
+
+@triton.jit
+def pick(key, token, scale, inside_key, inside_id, rest_id):
+    """The race's token: the winner outside, its p weighed by scale, against the one inside."""
+    key = key / scale
+    inside = (inside_key < key) | ((inside_key == key) & (inside_id < token))
+    token = tl.where(inside, inside_id, token)
+    nobody = tl.minimum(key, inside_key) == float("inf")
+    return tl.where(nobody, rest_id, token)
+
+
+@triton.jit
+def mass_of(x, top, c):
+    """A logit's probability times the row's normaliser, `exp((x - top) / T)`, float64."""
+    return tl.exp2((x - finite_or_zero(top)) * c).to(tl.float64)
+
+
+@triton.jit
+def key_of(word, mass):
+    """The race's key of a mass in those units, +inf where there is none."""
+    mass = mass.to(tl.float32)
+    return tl.where(mass > 0, race_noise(word) / mass, float("inf"))
