@@ -72,7 +72,7 @@ class Checks:
     def outputs(
         self, out: object, forms: Sequence[tuple[Sequence[str | int], torch.dtype]]
     ) -> dict[str, Tensor]:
-        """Check the tensors to write results to; the arguments `out0`, .. of the op's `out` form."""
+        """Check the tensors to write to; they are `out0`, .. of the op's `out` form."""
         if not isinstance(out, (tuple, list)):
             raise TypeError(f"{self.op}: out: expected a tuple, got {type(out).__name__}")
         if len(out) != len(forms):
