@@ -82,6 +82,7 @@ class Decoder:
             posterior=config.assistant_posterior,
             shared=config.assistant_share_posterior,
             threshold=config.assistant_confidence_threshold,
+            max_slowdown=config.assistant_max_slowdown,
         )
         cache = backbone.new_cache(batch, capacity, exit_layers=bool(head))
         self.engine = Engine(backbone, head, cache)

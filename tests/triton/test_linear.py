@@ -51,9 +51,7 @@ def in_double(given: dict[str, Any]) -> torch.Tensor:
     )
 
 
-def close(
-    got: torch.Tensor | None, want: torch.Tensor, dtype: torch.dtype, form: str = ""
-) -> None:
+def close(got: torch.Tensor | None, want: torch.Tensor, dtype: torch.dtype, form: str = "") -> None:
     """A norm rounds once more, and a gate multiplies what came of it."""
     assert got is not None
     assert got.dtype is dtype
