@@ -44,7 +44,7 @@ from eesd_kernels.triton.splits import (
 
 SPLIT, WARPS = 2048, 4  # ids of a split, warps of its program
 FOLD_BELOW = 1 << 20  # logits
-PROGRAMS = 2112  # of `statistics`: of more splits, each takes several and loads ahead
+PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads ahead
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -64,7 +64,7 @@ ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, count
 def _statistics_kernel(
     logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
     position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
-    arrived_ptr, children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr,
+    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr,
     BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every `num_programs(2)`-th split of a row, from the program's own on."""
@@ -72,9 +72,6 @@ def _statistics_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if arrived_ptr is not None:  # noqa: SIM102, known when it is compiled
-        if (row == 0) & (program == 0):
-            tl.store(arrived_ptr + b, 0)
     row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
     cutoff = float("-inf")
     if cutoff_ptr is not None:
@@ -135,38 +132,6 @@ def _statistics_kernel(
 
 
 @triton.jit
-def race_row(
-    row_ptr, cutoff, tops_ptr, candidate_ptr, arrived_ptr, token_ptr, listed, list_ptr, count,
-    part, vocab, splits, place, base, seed, c, scale, inside_key, inside_id, rest_id,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """One program's split of a race over a row; the last of them to arrive writes the token.
-
-    tops_ptr: of the row's splits. candidate_ptr: int32 `[2, splits]` of scratch; arrived_ptr: 0.
-    listed, list_ptr, count: ids that take no part, as in `without`. scale to rest_id: of `pick`.
-    """
-    first = part * BLOCK
-    ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
-    top = tl.load(tops_ptr + part)
-    noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
-    x = without(x, ids, first, listed, list_ptr, count, BLOCK)
-    key, who = race_split(x, ids, top, c, noise)
-    tl.store(candidate_ptr + part, key.to(tl.int32, bitcast=True))
-    tl.store(candidate_ptr + splits + part, who)
-    tl.debug_barrier()  # the block's stores stand before its arrival
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == splits - 1:
-        every = tl.arange(0, SPLITS)
-        live = every < splits
-        keys = tl.load(candidate_ptr + every, mask=live, other=0x7F800000, cache_modifier=".cg")
-        them = tl.load(candidate_ptr + splits + every, mask=live, other=NO_ID, cache_modifier=".cg")
-        tops = tl.load(tops_ptr + every, mask=live, other=float("-inf"))
-        least, token = merge_races(
-            keys.to(tl.float32, bitcast=True), tops, them, tl.max(tops, 0), c, 0
-        )
-        tl.store(token_ptr, pick(least, token, scale, inside_key, inside_id, rest_id))
-
-
-@triton.jit
 def _race_kernel(
     logits_ptr, stride_b, stride_r, temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr,
     partial_ptr, stop_ptr, excluded_ptr, candidate_ptr, token_ids_ptr, rows, width, vocab, splits,
@@ -174,7 +139,7 @@ def _race_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    stop = stop_ptr + b * STOP
+    stop, first = stop_ptr + b * STOP, split * BLOCK
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.load(stop + ROW)
@@ -184,18 +149,35 @@ def _race_kernel(
         cutoff = float("-inf")
         if cutoff_ptr is not None:
             cutoff = tl.load(cutoff_ptr + b * rows + row)
+        row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
+        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
         some, list_ptr = tl.arange(0, COUNT), excluded_ptr + b * count
         listed = tl.load(list_ptr + some, mask=some < count, other=-1)
-        race_row(
-            logits_ptr + b * stride_b + row.to(tl.int64) * stride_r, cutoff,
-            partial_ptr + (b * rows + row) * 4 * splits + TOP * splits,
-            candidate_ptr + b * 2 * splits, stop + ARRIVED,
-            token_ids_ptr + b * width + tl.load(stop + PLACE), listed, list_ptr, count, split,
-            vocab, splits, position + tl.load(stop + DEPTH) + 1, base, seed, c,
-            tl.load(stop + SCALE).to(tl.float32, bitcast=True),
-            tl.load(stop + INSIDE_KEY).to(tl.float32, bitcast=True),
-            tl.load(stop + INSIDE_ID), tl.load(stop + REST_ID), BLOCK, SPLITS,
-        )  # fmt: skip
+        at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
+        top = tl.load(at + split)
+        position += tl.load(stop + DEPTH) + 1
+        noise = race_noise(words_of_block(first, position, base, TARGET, seed, BLOCK))
+        x = without(x, ids, first, listed, list_ptr, count, BLOCK)
+        key, who = race_split(x, ids, top, c, noise)
+        mine = candidate_ptr + b * 2 * splits
+        tl.store(mine + split, key.to(tl.int32, bitcast=True))
+        tl.store(mine + splits + split, who)
+        tl.debug_barrier()  # the block's stores stand before its arrival
+        if tl.atomic_add(stop + ARRIVED, 1, sem="acq_rel") == splits - 1:
+            every = tl.arange(0, SPLITS)
+            live = every < splits
+            keys = tl.load(mine + every, mask=live, other=0x7F800000, cache_modifier=".cg")
+            them = tl.load(mine + splits + every, mask=live, other=NO_ID, cache_modifier=".cg")
+            tops = tl.load(at + every, mask=live, other=float("-inf"))
+            least, token = merge_races(
+                keys.to(tl.float32, bitcast=True), tops, them, tl.max(tops, 0), c, 0
+            )
+            token = pick(
+                least, token, tl.load(stop + SCALE).to(tl.float32, bitcast=True),
+                tl.load(stop + INSIDE_KEY).to(tl.float32, bitcast=True),
+                tl.load(stop + INSIDE_ID), tl.load(stop + REST_ID),
+            )  # fmt: skip
+            tl.store(token_ids_ptr + b * width + tl.load(stop + PLACE), token)
 
 
 def splits_of(vocab: int) -> int:
@@ -238,7 +220,6 @@ def statistics(
     fold: bool = False,
     child_ids: Tensor | None = None,
     q_ids: Tensor | None = None,
-    arrived: Tensor | None = None,
 ) -> None:
     """Fill the planes of every row r < live + bonus; other rows stay as they were.
 
@@ -251,7 +232,6 @@ def statistics(
             that the walk does not weigh itself: in rows r < live without `q_ids [B, Q, k]` of the
             row, where the law is deterministic or q_ids None without the row's children, which are
             `child_ids [B, Q]` (linear: that of row r at r; tree: of node i at i).
-        arrived: `[B]` int32 to set to 0.
     """
     batch, rows, vocab = logits.shape
     splits = partial.shape[3]
@@ -261,7 +241,7 @@ def statistics(
     programs = max(1, min(splits, PROGRAMS // (batch * rows)))
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
-        base, child_ids, parent, q_ids, partial, rows, vocab, splits, arrived, children, q_rows, k,
+        base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
         BONUS=bonus, FOLD=fold, BLOCK=SPLIT, CHILDREN=triton.next_power_of_2(children),
         WIDTH=triton.next_power_of_2(k), PDL=pdl, num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),

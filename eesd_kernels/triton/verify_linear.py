@@ -2,10 +2,8 @@
 
 Every level of a one-by-one draft is tested at once, and the walk is the first rejection among
 them; only the block rule's a_i go level by level. The walk's few numbers are float64, made of
-float32 sums. Two launches: where rows are few `statistics` has raced in all of them
-(`rows.FOLD_BELOW`) and the walk ends it; else a program for each split of the row where the walk
-stops walks too, since that costs less than a launch, and races in its split. The second starts
-while the first ends and waits for its results only. Dense laws take more launches.
+float32 sums. Two launches where the rows are few enough to race in all of them (`rows.FOLD_BELOW`),
+else three; each starts while the one before it ends and waits for its results only.
 """
 
 import torch
@@ -20,15 +18,17 @@ from eesd_kernels.triton.rows import (
     ARRIVED,
     DEPTH,
     ID,
+    INSIDE_ID,
+    INSIDE_KEY,
     KEY,
     PLACE,
+    REST_ID,
     ROW,
     SCALE,
     STOP,
     SUM,
     TAKE,
     TOP,
-    race_row,
 )
 from eesd_kernels.triton.splits import (
     COUPLED,
@@ -54,12 +54,10 @@ ACCEPT = tl.constexpr(3)  # the purpose of a test's noise
 def _walk_kernel(
     logits_ptr, stride_b, stride_r, draft_ids_ptr, length_ptr, q_ids_ptr, q_probs_ptr, law_ptr,
     temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr, partial_ptr, weights_ptr,
-    left_ptr, stop_ptr, excluded_ptr, race_ptr, accepted_ptr, token_ids_ptr, status_ptr, drafts,
+    left_ptr, stop_ptr, excluded_ptr, accepted_ptr, token_ids_ptr, status_ptr, drafts,
     vocab, splits, k, ROWS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
+    FOLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's walk. With `race_ptr` a program a split: each walks, and races in its split."""
-    RACE: tl.constexpr = race_ptr is not None
     SPARSE: tl.constexpr = q_ids_ptr is not None
     DENSE: tl.constexpr = q_ids_ptr is None and q_probs_ptr is not None
     b = tl.program_id(0).to(tl.int64)
@@ -196,43 +194,24 @@ def _walk_kernel(
         next_token = tl.where(matching, next_token, chosen)
     else:
         next_token = tl.where(matching, next_token, -1)  # else the race writes it
-    racing = (matching | failed) == 0
-    if DENSE:
         stop = stop_ptr + b * STOP
-        tl.store(stop + ROW, tl.where(racing, m, -1))
+        tl.store(stop + ROW, tl.where(matching | failed, -1, m))
         tl.store(stop + PLACE, m)
         tl.store(stop + DEPTH, m)
         tl.store(stop + SCALE, scale.to(tl.float32).to(tl.int32, bitcast=True))
         tl.store(stop + ARRIVED, 0)
-        tl.store(stop + TAKE, take.to(tl.float32).to(tl.int32, bitcast=True))
+        if DENSE:
+            tl.store(stop + TAKE, take.to(tl.float32).to(tl.int32, bitcast=True))
+        else:
+            tl.store(stop + INSIDE_KEY, inside_key.to(tl.int32, bitcast=True))
+            tl.store(stop + INSIDE_ID, inside_id)
+            tl.store(stop + REST_ID, rest_id)
         tl.store(excluded_ptr + b * k + col, ids_m, mask=col < k)
-    part = tl.program_id(1)
-    if part == 0:
-        tokens = tl.where(level < m, t, tl.where(here, next_token, -1))
-        tokens = tl.where(failed, -1, tokens)
-        mine = level <= drafts
-        if RACE:
-            mine = mine & ((here & racing) == 0)
-        tl.store(token_ids_ptr + b * (drafts + 1) + level, tokens, mask=mine)
-        tl.store(accepted_ptr + b, tl.where(failed, 0, m))
-        tl.store(status_ptr + b, failed.to(tl.int32))
-    if RACE:  # noqa: SIM102, known when it is compiled
-        if racing:
-            cutoff_m = float("-inf")
-            if cutoff_ptr is not None:
-                cutoff_m = at_level(cutoff, level, m)
-            list_ptr, count = draft_ids_ptr + b * drafts + m, 1
-            if SPARSE:  # noqa: SIM102
-                if fixed == 0:
-                    list_ptr, count = q_ids_ptr + (b * drafts + m) * k, k
-            arrived_ptr = race_ptr + tl.num_programs(0) * 2 * splits + b
-            race_row(
-                logits_ptr + b * stride_b + m.to(tl.int64) * stride_r, cutoff_m,
-                partial_ptr + (b * (drafts + 1) + m) * 4 * splits + TOP * splits,
-                race_ptr + b * 2 * splits, arrived_ptr, token_ids_ptr + b * (drafts + 1) + m, ids_m,
-                list_ptr, count, part, vocab, splits, position + m + 1, base, seed, c,
-                scale.to(tl.float32), inside_key, inside_id, rest_id, BLOCK, SPLITS,
-            )  # fmt: skip
+    tokens = tl.where(level < m, t, tl.where(here, next_token, -1))
+    tokens = tl.where(failed, -1, tokens)
+    tl.store(token_ids_ptr + b * (drafts + 1) + level, tokens, mask=level <= drafts)
+    tl.store(accepted_ptr + b, tl.where(failed, 0, m))
+    tl.store(status_ptr + b, failed.to(tl.int32))
 
 
 def verify_linear(
@@ -276,37 +255,41 @@ def verify_linear(
     fold = dense_q is None and rows.folds(logits)
     partial = rows.new_partial(logits)
     splits = partial.shape[3]
-    weights = left = stop = excluded = race = arrived = None
+    weights = left = stop = excluded = None
     if dense_q is not None:
         weights = dense.weights(dense_q, length, splits)
-    elif not fold:  # candidates of the splits, and how many have arrived
-        race = length.new_empty(batch * (2 * splits + 1))
-        arrived = race[batch * 2 * splits :]
     rows.statistics(
         logits, length, law, temperature, seed, position, base, partial, bonus=1, cutoff=cutoff,
-        fold=fold, child_ids=draft_ids, q_ids=q_ids, arrived=arrived,
+        fold=fold, child_ids=draft_ids, q_ids=q_ids,
     )  # fmt: skip
     if dense_q is not None and weights is not None:
         left = dense.masses(
             logits, dense_q, draft_ids, length, law, temperature, cutoff, partial, weights
         )
+    if not fold:
         stop, excluded = length.new_empty(batch, STOP.value), length.new_empty(batch, k)
     levels, across = triton.next_power_of_2(width), triton.next_power_of_2(splits)
     listed = triton.next_power_of_2(k)
     tile = levels * max(across, listed)
     pdl = dense_q is None and rows.programmatic(logits)
-    walkers = 1 if tile <= 512 else 4 if tile <= 1024 else 8
-    _walk_kernel[(batch, 1 if race is None else splits)](
+    _walk_kernel[(batch,)](
         logits, logits.stride(0), logits.stride(1), draft_ids, length, q_ids, q_probs, law,
-        temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded, race,
+        temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded,
         accepted, token_ids, status, width - 1, vocab, splits, k, ROWS=levels, SPLITS=across,
-        WIDTH=listed, BLOCK=rows.SPLIT, FOLD=fold, PDL=pdl,
-        num_warps=walkers if race is None else max(walkers, rows.WARPS),
+        WIDTH=listed, FOLD=fold, PDL=pdl,
+        num_warps=1 if tile <= 512 else 4 if tile <= 1024 else 8,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    if dense_q is not None and stop is not None and excluded is not None:
+    if stop is None or excluded is None:
+        return accepted, token_ids, status
+    if dense_q is not None:
         dense.race(
             logits, dense_q, temperature, cutoff, seed, position, base, partial, stop, excluded,
             token_ids,
+        )  # fmt: skip
+    else:
+        rows.race(
+            logits, temperature, seed, position, base, partial, stop, excluded, token_ids,
+            cutoff=cutoff,
         )  # fmt: skip
     return accepted, token_ids, status
