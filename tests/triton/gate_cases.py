@@ -8,6 +8,8 @@ from torch import Tensor
 
 from eesd_kernels.triton.linear import BY_SHAPE, linear
 from eesd_kernels.triton.rms_norm import rms_norm
+from eesd_kernels.triton.rollback_kv import rollback_kv
+from eesd_kernels.triton.rope_cache_write import rope_cache_write
 from eesd_kernels.triton.swiglu import swiglu
 from eesd_kernels.triton.target_law import cutoffs
 from eesd_kernels.triton.verify_linear import verify_linear
@@ -134,9 +136,54 @@ def _verify_tree() -> dict[str, Callable[[], object]]:
     return {"x".join(map(str, case)): _tree(*case) for case in cases}
 
 
+def _rollback_kv() -> dict[str, Callable[[], object]]:
+    """13B, 70B and an awkward shape; contiguous, pages of 16, pages with the heads outermost."""
+    cases = {}
+    for layers, heads, size, t in (
+        (40, 40, 128, torch.bfloat16), (80, 8, 128, torch.float32), (3, 3, 20, torch.float64),
+    ):  # fmt: skip
+        for batch in (1, 256):
+            path, lengths = meta(batch, 32, dtype=torch.int32), meta(batch, dtype=torch.int32)
+            table = meta(batch, 64, dtype=torch.int32)
+            caches = {
+                "contiguous": meta(layers, 2, batch, 1024, heads, size, dtype=t),
+                "paged": meta(layers, 2, 999, 16, heads, size, dtype=t),
+                "heads first": meta(layers, 2, 999, heads, 16, size, dtype=t).transpose(3, 4),
+            }
+            for form, cache in caches.items():
+                cases[f"{layers}x{heads}x{size} {t} {batch} {form}"] = partial(
+                    rollback_kv, cache, path, lengths, table if form != "contiguous" else None
+                )
+    return cases
+
+
+def _rope_cache_write() -> dict[str, Callable[[], object]]:
+    """13B, 70B, tables and caches of another dtype than qkv, sizes that are no power of two."""
+    b, h, f, d = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    cases = {}
+    for heads, kv_heads, size, types in (
+        (40, 40, 128, (b, f, b)), (64, 8, 128, (b, b, b)), (32, 8, 64, (h, f, h)),
+        (32, 32, 80, (f, f, b)), (8, 1, 256, (b, f, f)), (3, 1, 6, (f, d, d)),
+    ):  # fmt: skip
+        x, table, cache = types
+        each, node = meta(6, dtype=torch.int32), meta(6, 32, dtype=torch.int32)
+        angle = meta(4096, size // 2, dtype=table)
+        k = meta(6, 1024, kv_heads, size, dtype=cache)
+        pages = meta(999, 16, kv_heads, size, dtype=cache)
+        qkv = meta(6, 32, (heads + 2 * kv_heads) * size, dtype=x)
+        name = f"{heads}x{kv_heads}x{size} {x} {table} {cache}"
+        call = partial(rope_cache_write, qkv, angle, angle)
+        cases[f"{name} linear"] = partial(call, k, k, each, each)
+        cases[f"{name} tree"] = partial(call, k, k, each, each, node)
+        cases[f"{name} paged"] = partial(call, pages, pages, each, each, None, node)
+    return cases
+
+
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "linear": _linear(),
     "rms_norm": _rms_norm(),
+    "rollback_kv": _rollback_kv(),
+    "rope_cache_write": _rope_cache_write(),
     "swiglu": _swiglu(),
     "target_law": _target_law(),
     "verify_linear": _verify_linear(),
