@@ -12,6 +12,7 @@ from eesd_kernels.triton.rollback_kv import rollback_kv
 from eesd_kernels.triton.rope_cache_write import rope_cache_write
 from eesd_kernels.triton.swiglu import swiglu
 from eesd_kernels.triton.target_law import cutoffs
+from eesd_kernels.triton.tree_attention import tree_attention
 from eesd_kernels.triton.verify_linear import verify_linear
 from eesd_kernels.triton.verify_tree import verify_tree
 
@@ -179,6 +180,41 @@ def _rope_cache_write() -> dict[str, Callable[[], object]]:
     return cases
 
 
+def _attention(
+    dtype: torch.dtype, batch: int, rows: int, heads: int, kv_heads: int, size: int, form: str
+) -> Callable[[], object]:
+    """form: any of tree, paged, window."""
+    i32 = torch.int32
+    cache = meta(1024, 16, kv_heads, size, dtype=dtype)
+    if "paged" not in form:
+        cache = meta(batch, 8192, kv_heads, size, dtype=dtype)
+    return partial(
+        tree_attention, meta(batch, rows, heads, size, dtype=dtype), cache, cache,
+        meta(batch, dtype=i32), meta(batch, dtype=i32), size**-0.5,
+        meta(batch, rows, dtype=torch.int64) if "tree" in form else None,
+        meta(batch, 512, dtype=i32) if "paged" in form else None,
+        4096 if "window" in form else None,
+    )  # fmt: skip
+
+
+def _tree_attention() -> dict[str, Callable[[], object]]:
+    """13B, Llama-3 8B and 70B, narrow and wide row tiles; every head size, form and dtype."""
+    b, h, f = torch.bfloat16, torch.float16, torch.float32
+    cases = [
+        (b, 1, 1, 40, 40, 128, ""), (b, 8, 64, 40, 40, 128, ""), (b, 1, 16, 32, 8, 128, ""),
+        (b, 8, 1, 64, 8, 128, ""), (b, 1, 64, 64, 8, 128, ""), (b, 1, 16, 32, 8, 128, "paged"),
+        (b, 1, 16, 32, 8, 128, "tree"), (b, 8, 64, 40, 40, 128, "tree paged"),
+        (b, 1, 1, 32, 8, 128, "window"), (b, 1, 64, 32, 8, 128, "tree paged window"),
+        (b, 1, 6, 32, 32, 64, ""), (b, 1, 64, 32, 8, 64, "tree paged window"),
+        (b, 1, 16, 32, 32, 80, "tree"), (b, 1, 64, 32, 32, 96, "paged"),
+        (b, 1, 1, 8, 4, 256, ""), (b, 1, 64, 8, 4, 256, "tree paged window"),
+        (h, 1, 6, 32, 32, 128, ""), (h, 1, 64, 32, 8, 128, "tree paged window"),
+        (f, 1, 6, 32, 32, 128, ""), (f, 1, 64, 32, 8, 128, "tree paged window"),
+        (f, 1, 1, 8, 4, 256, "window"), (f, 1, 16, 6, 2, 64, "tree"),
+    ]  # fmt: skip
+    return {"x".join(map(str, case)): _attention(*case) for case in cases}
+
+
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "linear": _linear(),
     "rms_norm": _rms_norm(),
@@ -186,6 +222,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     "rope_cache_write": _rope_cache_write(),
     "swiglu": _swiglu(),
     "target_law": _target_law(),
+    "tree_attention": _tree_attention(),
     "verify_linear": _verify_linear(),
     "verify_tree": _verify_tree(),
 }
