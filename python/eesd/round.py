@@ -271,8 +271,12 @@ class Engine:
         base, token = state.length, state.pending
         hiddens, drafts = list[Tensor](), list[Draft]()
         step_of = torch.arange(steps + 1, dtype=torch.int32, device=base.device)[:, None]
-        place = base + step_of  # [steps + 1, B]
-        live = (torch.where(state.alive, drafted, -1) >= step_of).to(torch.int32)
+        # Rows of 16 bytes or a multiple, or Triton compiles each kernel for two alignments.
+        batch, pad = len(base), (0, -len(base) % 4)
+        place = torch.nn.functional.pad(base, pad) + step_of  # [steps + 1, B and more]
+        wanted = torch.where(state.alive, drafted, -1)
+        live = (torch.nn.functional.pad(wanted, pad) >= step_of).to(torch.int32)
+        place, live = place[:, :batch], live[:, :batch]
         for step in range(steps + 1):
             block = Block(place[step], live[step])
             hidden = self.prefix(token[:, None], block)
