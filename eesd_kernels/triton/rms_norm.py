@@ -10,15 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eesd_kernels.triton.rows import programmatic
+
 BLOCK = 16_384
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if WHOLE:  # [BLOCK], in registers throughout
         inside = at < size
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -50,9 +56,10 @@ def rms_norm(
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if y.numel():
-        block = min(BLOCK, triton.next_power_of_2(size))
+        block, pdl = min(BLOCK, triton.next_power_of_2(size)), programmatic(x)
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight.contiguous(), y, rows.stride(0), size, eps,
-            WHOLE=size <= block, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+            WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=max(1, min(16, block // 512)),
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return y

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eesd_kernels.triton.rows import programmatic
+
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
-GROUP = 8  # tokens in registers at once
-PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
+GROUP = 4  # tokens in registers at once
+PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 8 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,10 +42,13 @@ def _rollback_kv_kernel(
     cache_ptr, path_ptr, lengths_ptr, table_ptr, new_ptr, planes, run, nodes, width, slots, pages,
     columns, stride_layer, stride_kv, stride_page, stride_slot, stride_head, stride_column,
     D: tl.constexpr, DENSE: tl.constexpr, PAGE: tl.constexpr, NODES: tl.constexpr,
-    GROUP: tl.constexpr, SLICE: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
     b = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths_ptr + b)
     depth = tl.arange(0, NODES)
     path = tl.load(path_ptr + b * nodes + depth, mask=depth < nodes, other=-1)
@@ -102,11 +107,13 @@ def rollback_kv(
     page = size if block_table is not None else 0
     table = block_table.contiguous() if block_table is not None else None
     columns = table.shape[1] if table is not None else 1
+    pdl = programmatic(cache)
     _rollback_kv_kernel[(batch, max(1, triton.cdiv(planes, run)), max(1, slices))](
         cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
         PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
-        num_warps=max(1, per_slice * element // 512),
+        PDL=pdl, num_warps=max(1, per_slice * element // 512),
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return new

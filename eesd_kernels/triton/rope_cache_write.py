@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eesd_kernels.triton.rows import programmatic
+
 PAIRS = 512  # of numbers that a program rotates
 
 
@@ -19,8 +21,12 @@ def _rope_cache_write_kernel(
     rows, heads, kv_heads, slots, pages, columns, positions, stride_b, stride_row,
     k_page, k_slot, k_head, k_column, v_page, v_slot, v_head, v_column,
     D: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A contiguous cache is one of `PAGE` 0, its sequences `k_page` and `v_page` apart."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b, row = tl.program_id(0).to(tl.int64) // rows, tl.program_id(0) % rows
     length, live = tl.load(lengths_ptr + b), row < tl.load(num_rows_ptr + b)
     depth = row
@@ -104,7 +110,7 @@ def rope_cache_write(
     table = block_table.contiguous() if block_table is not None else None
     columns = table.shape[1] if table is not None else 1
     half = triton.next_power_of_2(head_size // 2)
-    per_group = max(1, PAIRS // half)
+    per_group, pdl = max(1, PAIRS // half), programmatic(qkv)
     groups = triton.cdiv(heads, per_group) + 2 * triton.cdiv(kv_heads, per_group)
     _rope_cache_write_kernel[(batch * rows, groups)](
         x, cos.contiguous(), sin.contiguous(), k_cache, v_cache, lengths.contiguous(),
@@ -113,6 +119,6 @@ def rope_cache_write(
         x.stride(0), x.stride(1), *k_cache.stride(), *v_cache.stride(),
         D=head_size, PAGE=size if paged else 0, HEADS=per_group, HALF=half,
         num_warps=max(1, min(4, per_group * half * x.element_size() // 512)),
-        enable_fp_fusion=False,
+        PDL=pdl, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return q

@@ -119,6 +119,7 @@ def _attend_kernel(
     head, work = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     length, live = _extent(lengths_ptr, num_rows_ptr, b, T, capacity)
 
@@ -305,12 +306,13 @@ def _launch(
         DOT=tl.float32 if single else tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16,
         num_warps=tiles.warps, maxnreg=tiles.registers,
         # The page's number is loaded as many stages ahead of K and V as they are of their use.
-        num_stages=2 * tiles.stages - 1 if page else tiles.stages, **common,
+        num_stages=2 * tiles.stages - 1 if page else tiles.stages,
+        **({"launch_pdl": True} if dependent else {}), **common,
     )  # fmt: skip
     _combine_kernel[(rows * heads, batch)](
         tops, totals, accs, out, lengths, num_rows, ancestry, window, rows, chunks, capacity,
-        HEADS=heads, TILE=COMBINED // common["BLOCK_D"], num_warps=4, launch_pdl=dependent,
-        **common,
+        HEADS=heads, TILE=COMBINED // common["BLOCK_D"], num_warps=4,
+        **({"launch_pdl": True} if dependent else {}), **common,
     )  # fmt: skip
 
 

@@ -74,7 +74,9 @@ def check(given: Case, run: Callable[..., Tensor] = rollback_kv) -> None:
     """Bytes and lengths; the arguments beside the cache stay as they are."""
     mine, theirs = given.cache, given.cache.clone()
     path, lengths = given.path.clone(), given.lengths.clone()
-    want = reference.rollback_kv(theirs, given.path, given.lengths, given.table)
+    # Over integers: on a GPU a copy of bfloat16 may lose a NaN's payload.
+    as_bits = theirs.view(BITS[theirs.element_size()])
+    want = reference.rollback_kv(as_bits, given.path, given.lengths, given.table)
     out = torch.full_like(given.lengths, 77)
     got = run(mine, given.path, given.lengths, given.table, out=(out,))
     assert got is out
@@ -256,6 +258,6 @@ def test_graph_replay(form: str) -> None:
                 mine.copy_(theirs)
         graph.replay()
         theirs = given.cache.clone()
-        want = reference.rollback_kv(theirs, *given[1:])
+        want = reference.rollback_kv(bits(theirs), *given[1:])
         assert torch.equal(out, want)
         assert torch.equal(bits(static.cache), bits(theirs))
