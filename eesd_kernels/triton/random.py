@@ -11,8 +11,9 @@ import triton.language as tl
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds; every argument and result uint32, of one shape."""
     for _ in tl.static_range(10):
-        h0, l0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        h1, l1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        h0, l0 = (p0 >> 32).to(tl.uint32), p0.to(tl.uint32)
+        h1, l1 = (p1 >> 32).to(tl.uint32), p1.to(tl.uint32)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
