@@ -61,20 +61,12 @@ def _weight_rows(tile, outs, SWIGLU: tl.constexpr, BLOCK_O: tl.constexpr):
     return out.to(tl.int64), out
 
 
-@triton.jit(do_not_specialize=["R", "stride_r"])
-def _linear_kernel(
-    x_ptr, w_ptr, residual_ptr, out_ptr, R, outs, H, stride_x, stride_w, stride_r,
-    DOT: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EVEN_O: tl.constexpr,
+@triton.jit
+def product(
+    x_ptrs, w_ptrs, in_rows, in_outs, H, DOT: tl.constexpr, EVEN_O: tl.constexpr,
     EVEN_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of the weight and of the rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(1)
-    in_rows = row < R
-    w_row, served = _weight_rows(tile, outs, SWIGLU, BLOCK_O)
-    in_outs = served < outs
-    x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_x
-    w_ptrs = w_ptr + w_row[:, None] * stride_w
+    """`acc[BLOCK_O, ROWS]`, float32, of the rows of the weight and of x at these pointers."""
     acc = tl.zeros([BLOCK_O, ROWS], tl.float32)
     for k in range(0, tl.cdiv(H, BLOCK_H)):
         at = k * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -89,6 +81,24 @@ def _linear_kernel(
             inside = in_outs[:, None] & (at < H)[None, :]
             w = tl.load(w_ptrs + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["R", "stride_r"])
+def _linear_kernel(
+    x_ptr, w_ptr, residual_ptr, out_ptr, R, outs, H, stride_x, stride_w, stride_r,
+    DOT: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EVEN_O: tl.constexpr,
+    EVEN_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of the weight and of the rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(1)
+    in_rows = row < R
+    w_row, served = _weight_rows(tile, outs, SWIGLU, BLOCK_O)
+    in_outs = served < outs
+    x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_x
+    w_ptrs = w_ptr + w_row[:, None] * stride_w
+    acc = product(x_ptrs, w_ptrs, in_rows, in_outs, H, DOT, EVEN_O, EVEN_H, BLOCK_O, BLOCK_H, ROWS)
 
     PER_TILE: tl.constexpr = BLOCK_O // 2 if SWIGLU else BLOCK_O
     if SWIGLU:
