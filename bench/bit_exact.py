@@ -2,16 +2,18 @@
 
 Greedy ids must equal plain decoding's; with `coupled`, sampled ids plain sampling's of the same
 seed. The demo model on real prompts, and a synthetic model of a named shape on random ones; alone
-and in batches of eight, with constant and Thompson draft lengths.
+and in batches of eight, with constant and Thompson draft lengths. Plain decoding is itself compared
+over the batch sizes. Exits with 1 where ids differ.
 """
 
 import argparse
-from pathlib import Path
+import sys
 
 import torch
 from torch import Tensor
 
 import eesd
+from bench.engine import Budget, engine_arguments, prepare, random_prompts, synthetic
 from bench.harness import print_table
 from bench.prompts import add_data_argument, left_padded, load_prompts
 from bench.results import write_results
@@ -20,76 +22,93 @@ MODES = {
     "greedy": {},
     "coupled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
 }
+SCHEDULES = {"default": ("thompson", 8), "constant": ("constant", 5)}
+KEY = ("shape", "B", "mode", "schedule")
 
 
 def main() -> None:
     """Measure and write `bit_exact.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = engine_arguments(__doc__.splitlines()[0], "llama-2-13b")
     add_data_argument(parser)
+    parser.add_argument("--models", nargs="+", default=["demo", "shape"])
     parser.add_argument("--sets", nargs="+", default=["gsm8k_test", "humaneval"])
     parser.add_argument("--prompts", type=int, default=200, help="of the demo model")
-    parser.add_argument("--shape", default="llama-2-13b", help="synthetic model; '' for none")
     parser.add_argument("--shape-prompts", type=int, default=20)
     parser.add_argument("--agreement", type=float, default=0.75)
     parser.add_argument("--exit-layer", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    demo = eesd.load("demo", device="cuda", dtype="bfloat16")
-    sets = [load_prompts(args.data, name, demo, args.new_tokens) for name in args.sets]
-    mixed = [p for pair in zip(*sets, strict=False) for p in pair]
-    _run(demo, "demo", mixed[: args.prompts], args, rows)
-    if args.shape:
-        model = eesd.synthetic(
-            args.shape, agreement=args.agreement, exit_layer=args.exit_layer, device="cuda"
-        )
-        generator = torch.Generator().manual_seed(1)
-        prompts = [
-            torch.randint(3, model.config.vocab_size, (64 + 7 * n,), generator=generator).cuda()
-            for n in range(args.shape_prompts)
-        ]
-        _run(model, args.shape, prompts, args, rows)
+    prepare(args)
+    count = len(args.models) * len(args.batches) * len(args.modes)
+    budget, rows = Budget(args.seconds, count), list[dict[str, object]]()
+    if "demo" in args.models:
+        dtype = "bfloat16" if args.device == "cuda" else "float32"
+        demo = eesd.load("demo", device=args.device, dtype=dtype)
+        sets = [load_prompts(args.data, name, demo, args.new_tokens) for name in args.sets]
+        mixed = [p for pair in zip(*sets, strict=False) for p in pair]
+        _run(demo, "demo", mixed[: args.prompts], args, budget, rows)
+        demo.captures.clear()
+    if "shape" in args.models and not budget.spent():
+        model = synthetic(args, args.agreement, args.exit_layer)
+        lengths = [64 + 7 * n for n in range(args.shape_prompts)]
+        _run(model, args.shape, random_prompts(model, lengths, 1), args, budget, rows)
+    sys.exit(not all(row["ids_equal"] for row in rows))
 
 
+@torch.inference_mode()
 def _run(
     model: eesd.Model,
     shape: str,
     prompts: list[Tensor],
     args: argparse.Namespace,
+    budget: Budget,
     rows: list[dict[str, object]],
 ) -> None:
+    plain: dict[str, list[Tensor]] = {}
     for batch in args.batches:
-        for mode, options in MODES.items():
-            base = _Texts(model, prompts, batch, args, num_assistant_tokens=0, **options)
-            for schedule in ("thompson", "constant"):
+        for mode in args.modes:
+            if budget.spent():
+                return
+            base = _Texts(model, prompts, batch, args, num_assistant_tokens=0, **MODES[mode])
+            same = _equal(base.ids, plain.setdefault(mode, base.ids))
+            for name, (schedule, drafts) in SCHEDULES.items():
                 texts = _Texts(
                     model, prompts, batch, args, num_assistant_tokens_schedule=schedule,
-                    num_assistant_tokens=8 if schedule == "thompson" else 5,
-                    assistant_sampling="coupled" if mode == "coupled" else "rejection", **options,
+                    num_assistant_tokens=drafts,
+                    assistant_sampling="coupled" if mode == "coupled" else "rejection",
+                    **MODES[mode],
                 )  # fmt: skip
-                equal = [torch.equal(a, b) for a, b in zip(texts.ids, base.ids, strict=True)]
+                equal = _equal(texts.ids, base.ids)
                 rows.append(
                     {
                         "shape": shape,
-                        "dtype": "bfloat16",
+                        "dtype": str(model.backbone.dtype).removeprefix("torch."),
                         "B": batch,
                         "prompts": len(prompts),
                         "new_tokens": args.new_tokens,
                         "mode": mode,
-                        "schedule": "default" if schedule == "thompson" else schedule,
+                        "schedule": name,
                         "ids_equal": all(equal),
                         "mismatches": len(equal) - sum(equal),
+                        "plain_mismatches_across_batches": len(same) - sum(same),
+                        "tokens": texts.tokens,
                         "mean_acceptance_length": round(texts.tokens_a_round, 3),
+                        "captured": texts.captured and base.captured,
                     }
                 )
                 print_table(rows[-1:])
-                write_results("bit_exact", rows, out=args.out)
+                write_results("bit_exact", rows, out=args.out, key=KEY)
+            budget.case_done()
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(some, others, strict=True)]
 
 
 class _Texts:
-    """New ids of each prompt, in batches."""
+    """New ids of each prompt, in batches of one size: a prompt again fills the last one up."""
 
     def __init__(
         self,
@@ -100,19 +119,26 @@ class _Texts:
         **options: object,
     ) -> None:
         self.ids: list[Tensor] = []
+        self.captured, self.tokens = True, 0
         rounds = accepted = 0
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
+            live = len(some)
+            some = some + some[-1:] * (batch - live)
             ids, mask = left_padded([p.cpu() for p in some])
             out = eesd.generate(
-                model, ids.cuda(), mask.cuda(), max_new_tokens=args.new_tokens,
-                seed=[1000 + start + i for i in range(len(some))],
+                model, ids.to(args.device), mask.to(args.device), max_new_tokens=args.new_tokens,
+                seed=[1000 + start + i for i in range(batch)], pad_token_id=0,
                 return_dict_in_generate=True, **options,
             )  # fmt: skip
-            assert isinstance(out, eesd.GenerateOutput)
-            self.ids += list(out.sequences[:, ids.shape[1] :].cpu())
-            rounds += out.speculative.num_spec_steps
-            accepted += out.speculative.num_accepted_draft_tokens
+            new = out.sequences[:live, ids.shape[1] :].cpu()
+            # Batches are padded to their longest text.
+            self.ids += list(torch.nn.functional.pad(new, (0, args.new_tokens - new.shape[1])))
+            stats = out.speculative
+            rounds += stats.num_spec_steps
+            accepted += stats.num_accepted_draft_tokens
+            self.tokens += stats.num_spec_steps + stats.num_accepted_draft_tokens
+            self.captured &= stats.engine.captured
         self.tokens_a_round = 1 + accepted / max(rounds, 1)
 
 

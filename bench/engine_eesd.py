@@ -7,21 +7,31 @@ tokens a second over what the same rounds would give if each took only the time 
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import eesd
-from bench.engine import Clock, Floor
-from bench.harness import print_table, read_bandwidth
+from bench.engine import (
+    Budget,
+    Clock,
+    Floor,
+    bandwidth,
+    engine_arguments,
+    prepare,
+    random_prompts,
+    syncs_per_round,
+    synthetic,
+)
+from bench.harness import print_table
 from bench.results import write_results
+
+KEY = ("shape", "schedule", "agreement_asked", "B", "N", "S")
 
 
 def main() -> None:
     """Measure and write `engine_eesd.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama-2-13b")
+    parser = engine_arguments(__doc__.splitlines()[0], "llama-2-13b")
     parser.add_argument("--exit-layer", type=int, default=3)
     parser.add_argument("--agreements", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--schedules", nargs="+", default=["thompson", "constant"])
@@ -31,30 +41,33 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--transformers", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    bandwidth, rows = read_bandwidth(), []
+    prepare(args)
+    reads, rows = bandwidth(args.device), list[dict[str, object]]()
+    budget = Budget(args.seconds, len(args.agreements))
     for agreement in args.agreements:
-        model = eesd.synthetic(
-            args.shape, agreement=agreement, exit_layer=args.exit_layer, device="cuda"
-        )
-        generator = torch.Generator("cuda").manual_seed(0)
-        prompts = [
-            torch.randint(
-                3, model.config.vocab_size, (1, args.context), generator=generator, device="cuda"
-            )
-            for _ in range(args.prompts)
-        ]
-        plain = [_decode(model, p, args.new_tokens, num_assistant_tokens=0) for p in prompts]
-        for schedule in args.schedules:
-            rows.append(_row(model, prompts, plain, schedule, agreement, args, bandwidth))
-            print_table(rows[-1:])
-            write_results("engine_eesd", rows, out=args.out)
-        if args.transformers:
-            rows.append(_transformers_row(model, prompts[0], plain[0], args))
-            print_table(rows[-1:])
-            write_results("engine_eesd", rows, out=args.out)
-        del model
+        if budget.spent():
+            break
+        _agreement(agreement, args, reads, rows)
+        budget.case_done()
+
+
+@torch.inference_mode()
+def _agreement(
+    agreement: float, args: argparse.Namespace, reads: float, rows: list[dict[str, object]]
+) -> None:
+    model = synthetic(args, agreement, args.exit_layer)
+    prompts = [p[None] for p in random_prompts(model, [args.context] * args.prompts, 0)]
+    plain = [_decode(model, p, args.new_tokens, num_assistant_tokens=0) for p in prompts]
+    for schedule in args.schedules:
+        rows.append(_row(model, prompts, plain, schedule, agreement, args, reads))
+        print_table(rows[-1:])
+        write_results("engine_eesd", rows, out=args.out, key=KEY)
+    if args.transformers:
+        model.captures.clear()
+        rows.append(_transformers_row(model, prompts[0], plain[0], agreement, args))
+        print_table(rows[-1:])
+        write_results("engine_eesd", rows, out=args.out, key=KEY)
 
 
 def _decode(
@@ -67,7 +80,6 @@ def _decode(
             model, ids, max_new_tokens=new_tokens, eos_token_id=(), streamer=clock,
             return_dict_in_generate=True, seed=0, **options,
         )  # fmt: skip
-    assert isinstance(out, eesd.GenerateOutput)
     return out, clock.tokens_per_s()
 
 
@@ -78,26 +90,21 @@ def _row(
     schedule: str,
     agreement: float,
     args: argparse.Namespace,
-    bandwidth: float,
+    reads: float,
 ) -> dict[str, object]:
     drafts = args.constant if schedule == "constant" else args.drafts
-    runs = [
-        _decode(
-            model, ids, args.new_tokens, num_assistant_tokens=drafts,
-            num_assistant_tokens_schedule=schedule,
-        )
-        for ids in prompts
-    ]  # fmt: skip
+    options = {"num_assistant_tokens": drafts, "num_assistant_tokens_schedule": schedule}
+    runs = [_decode(model, ids, args.new_tokens, **options) for ids in prompts]
     head = model.exit_head
-    assert head is not None
-    floor, needed, emitted, rounds = Floor.of(model, head), 0.0, 0, 0
+    floor, needed, emitted, rounds, lengths = Floor.of(model, head), 0.0, 0, 0, list[int]()
     for out, _ in runs:
         stats = out.speculative
         at = args.context
         steps = zip(stats.per_step_drafted[0], stats.per_step_accepted[0], strict=True)
         for drafted, accepted in steps:
-            needed += floor.round(drafted, at) / bandwidth * 1e-6
+            needed += floor.round(drafted, at) / reads * 1e-6
             at += accepted + 1
+            lengths.append(drafted)
         emitted, rounds = emitted + at - args.context, rounds + stats.num_spec_steps
     speed = len(runs) / sum(1 / s for _, s in runs)
     base = len(plain) / sum(1 / s for _, s in plain)
@@ -106,10 +113,18 @@ def _row(
     same = [
         torch.equal(a.sequences, b.sequences) for (a, _), (b, _) in zip(runs, plain, strict=True)
     ]
+
+    def short(tokens: int) -> eesd.GenerateOutput:
+        return eesd.generate(
+            model, prompts[0], max_new_tokens=tokens, eos_token_id=(), seed=0,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+    costs, engine = runs[0][0].speculative.costs, runs[0][0].speculative.engine
     return {
         "shape": args.shape,
         "weights": "synthetic",
-        "dtype": "bfloat16",
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "mode": "greedy",
         "schedule": "default" if schedule == "thompson" else schedule,
         "draft": "linear",
@@ -120,14 +135,18 @@ def _row(
         "prompts": len(prompts),
         "new_tokens": args.new_tokens,
         "agreement_asked": agreement,
+        "agreement_measured": head.config.recipe["measured_agreement"],
         "draft_acceptance_rate": round(accepted / max(drafted, 1), 4),
+        "mean_draft_length": round(sum(lengths) / len(lengths), 3),
         "mean_acceptance_length": round(1 + accepted / rounds, 3),
         "tokens_per_s": round(speed, 2),
         "plain_tokens_per_s": round(base, 2),
         "speedup": round(speed / base, 3),
         "efficiency": round(speed * needed / emitted, 4),
         "ids_equal": all(same),
-        "syncs_per_round": 1,
+        "syncs_per_round": round(syncs_per_round(short, 16, 64), 3),
+        "captured": engine.captured,
+        "round_ms": [] if costs is None else [round(ms, 4) for ms in costs.rest],
     }
 
 
@@ -135,6 +154,7 @@ def _transformers_row(
     model: eesd.Model,
     ids: Tensor,
     plain: tuple[eesd.GenerateOutput, float],
+    agreement: float,
     args: argparse.Namespace,
 ) -> dict[str, object]:
     """Plain decoding and `assistant_early_exit` of transformers on the very same tensors."""
@@ -142,14 +162,13 @@ def _transformers_row(
     speeds, texts = [], []
     for options in ({}, {"assistant_early_exit": args.exit_layer}):
         for tokens in (8, 64):  # the first warms up
-            torch.cuda.synchronize()
+            _wait(args)
             start = time.perf_counter()
-            with torch.inference_mode():
-                text = theirs.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                    do_sample=False, eos_token_id=None, pad_token_id=0, **options,
-                )  # fmt: skip
-            torch.cuda.synchronize()
+            text = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                do_sample=False, eos_token_id=None, pad_token_id=0, **options,
+            )  # fmt: skip
+            _wait(args)
             elapsed = time.perf_counter() - start
         speeds.append((text.shape[1] - ids.shape[1]) / elapsed)
         texts.append(text)
@@ -164,12 +183,18 @@ def _transformers_row(
         "S": args.context,
         "prompts": 1,
         "new_tokens": 64,
+        "agreement_asked": agreement,
         "tokens_per_s": round(speeds[1], 2),
         "plain_tokens_per_s": round(speeds[0], 2),
         "speedup": round(speeds[1] / speeds[0], 3),
         "ids_equal": torch.equal(*texts),
         "x_transformers": round(speeds[0] / plain[1], 4),
     }
+
+
+def _wait(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def as_transformers(model: eesd.Model) -> object:

@@ -6,58 +6,62 @@ floor is the weights and the live K and V over the read bandwidth measured in th
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 
 import eesd
-from bench.engine import Clock, Floor
-from bench.harness import print_table, read_bandwidth
+from bench.engine import (
+    Clock,
+    Floor,
+    bandwidth,
+    engine_arguments,
+    prepare,
+    random_prompts,
+    syncs_per_round,
+    synthetic,
+)
+from bench.harness import print_table
 from bench.results import write_results
+
+KEY = ("shape", "B", "S", "new_tokens")
 
 
 def main() -> None:
     """Measure and write `engine_plain.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["llama-2-13b"])
+    parser = engine_arguments(__doc__.splitlines()[0], "llama-2-13b")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    bandwidth = read_bandwidth()
-    rows = []
-    for shape in args.shapes:
-        model = eesd.synthetic(shape, agreement=1.0, exit_layer=1, device="cuda")
-        rows.append(measure(model, shape, args, bandwidth))
-        print_table(rows[-1:])
-        write_results("engine_plain", rows, out=args.out)
-        del model
+    prepare(args)
+    row = measure(synthetic(args, 1.0, 1), args, bandwidth(args.device))
+    print_table([row])
+    write_results("engine_plain", [row], out=args.out, key=KEY)
 
 
-def measure(
-    model: eesd.Model, shape: str, args: argparse.Namespace, bandwidth: float
-) -> dict[str, object]:
+@torch.inference_mode()
+def measure(model: eesd.Model, args: argparse.Namespace, reads: float) -> dict[str, object]:
     """One shape: the median round of some calls."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    ids = torch.randint(
-        3, model.config.vocab_size, (1, args.context), generator=generator, device="cuda"
-    )
-    gaps: list[float] = []
-    for repeat in range(args.repeats + 1):
-        clock = Clock()
-        eesd.generate(
-            model, ids, max_new_tokens=args.new_tokens, num_assistant_tokens=0,
-            eos_token_id=(), streamer=clock,
+    ids = random_prompts(model, [args.context], 0)[0][None]
+
+    def call(tokens: int, **options: object) -> eesd.GenerateOutput:
+        return eesd.generate(
+            model, ids, max_new_tokens=tokens, num_assistant_tokens=0, eos_token_id=(),
+            return_dict_in_generate=True, **options,
         )  # fmt: skip
-        if repeat:  # the first captures graphs
-            gaps += [b - a for a, b in zip(clock.at, clock.at[1:], strict=False)]
+
+    first = call(args.new_tokens).speculative.engine  # which captures
+    gaps: list[float] = []
+    for _ in range(args.repeats):
+        clock = Clock()
+        call(args.new_tokens, streamer=clock)
+        gaps += [b - a for a, b in zip(clock.at, clock.at[1:], strict=False)]
     us = statistics.median(gaps) * 1e6
     floor = Floor.of(model, None).round(0, args.context + args.new_tokens // 2)
     fifths = statistics.quantiles(gaps, n=5)
     return {
-        "shape": shape,
-        "dtype": "bfloat16",
+        "shape": args.shape,
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "mode": "greedy",
         "weights": "synthetic",
         "B": 1,
@@ -68,9 +72,14 @@ def measure(
         "us_p80": round(fifths[3] * 1e6, 1),
         "tokens_per_s": round(1e6 / us, 2),
         "bytes": floor,
-        "read_gb_s": round(bandwidth / 1e3, 1),
-        "floor_us": round(floor / bandwidth, 1),
-        "floor_share": round(floor / bandwidth / us, 4),
+        "read_gb_s": round(reads / 1e3, 1),
+        "floor_us": round(floor / reads, 1),
+        "floor_share": round(floor / reads / us, 4),
+        "syncs_per_round": round(syncs_per_round(call, 8, 24), 3),
+        "captured": first.captured,
+        "capture_s": round(first.capture_s, 2),
+        "capture_mib": round(first.capture_bytes / 2**20),
+        "cache_mib": round(first.cache_bytes / 2**20),
     }
 
 

@@ -133,6 +133,14 @@ def read_bandwidth() -> float:
     return 2 * weight.numel() / min(t.us for t in times.values())
 
 
+def copy_bandwidth() -> float:
+    """Bytes a microsecond, read and written, of copying 2 GiB, now: a ceiling for what moves."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy: dict[str, Sequence[Call]] = {"copy": [lambda: target.copy_(source)]}
+    return 2 * source.numel() / _on_cuda(copy, replays=5)["copy"].us
+
+
 def print_table(rows: Sequence[dict[str, object]]) -> None:
     """All rows, a column a field."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ def machine() -> str:
 
 
 def write_results(
-    bench: str, rows: list[dict[str, Any]], *, out: Path | None = None, on: str | None = None
+    bench: str,
+    rows: list[dict[str, Any]],
+    *,
+    out: Path | None = None,
+    on: str | None = None,
+    key: Sequence[str] = (),
 ) -> Path:
     """Write a result file with what is needed to make it again.
 
@@ -30,8 +36,11 @@ def write_results(
         rows: one object a measurement; field names as in the other files.
         out: folder instead of bench/results.
         on: machine folder; `machine()` unless given (a CPU bench on a GPU machine says cpu).
+        key: fields that name a measurement. Rows of others that the file has already stay, so
+            that a long bench can be run in slices; the head is the last slice's.
     """
     where = on or machine()
+    path = (out or ROOT) / where / f"{bench}.json"
     gpu = where != "cpu"
     content = {
         "bench": bench,
@@ -48,10 +57,17 @@ def write_results(
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *_arguments()]),
         "rows": rows,
     }
-    path = (out or ROOT) / where / f"{bench}.json"
+    if key and path.exists():
+        ours = {_name(row, key) for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        content["rows"] = [row for row in before if _name(row, key) not in ours] + rows
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _name(row: dict[str, Any], key: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.get(field) for field in key)
 
 
 def _arguments() -> list[str]:

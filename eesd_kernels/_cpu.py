@@ -217,8 +217,11 @@ def rope_cache_write_cpu(
     lengths: Tensor,
     num_rows: Tensor,
     depth: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> Tensor | None:
-    """qkv `[B, T, (Hq + 2 Hkv) D]` float32 into a float32 cache."""
+    """qkv `[B, T, (Hq + 2 Hkv) D]` float32 into a float32 contiguous cache."""
+    if block_table is not None:
+        return None
     plain = _cache_is_plain(k_cache) and _cache_is_plain(v_cache)
     same = k_cache.stride(0) == v_cache.stride(0)
     if not (plain and same) or qkv.dtype is not torch.float32 or cos.dtype is not torch.float32:

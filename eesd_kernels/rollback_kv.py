@@ -2,7 +2,8 @@
 
 The draft's node i lies in slot `c + i`; the path `0 = a_0 < a_1 < .. < a_m` moves slot `c + a_d`
 to `c + d`, K and V of every layer, staged, since slots overlap. Moves at most `4 layers m Hkv D`
-numbers a sequence (read and write of K and V) and is bound by that; a linear path moves none.
+numbers a sequence (read and write of K and V) and is bound by that; a linear path moves none. One
+launch for all layers on CUDA, where a slot or page outside the cache is left alone.
 It returns the lengths `c + m + 1` and clears nothing: slots behind them are never read again.
 """
 
@@ -11,18 +12,24 @@ from torch import Tensor
 
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 
 rollback_kv_op = register(
     "rollback_kv(Tensor(a!) cache, Tensor path, Tensor lengths, Tensor? block_table=None)"
     " -> Tensor",
     reference=reference.rollback_kv,
+    cuda=triton_op("rollback_kv", reference.rollback_kv),
     fake=lambda cache, path, lengths, *_: lengths.new_empty(lengths.shape),
 )
 
 
 def rollback_kv(
-    cache: Tensor, path: Tensor, lengths: Tensor, *, block_table: Tensor | None = None
+    cache: Tensor,
+    path: Tensor,
+    lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Move the accepted nodes of each sequence to the slots behind its cached tokens, in place.
 
@@ -35,6 +42,8 @@ def rollback_kv(
         block_table: `[B, max_pages]` int32: slot s of sequence b is offset `s mod page_size` of
             page `block_table[b, s div page_size]`. Pages that the draft lies in belong to one
             sequence alone.
+        out: `[B]` int32, contiguous, not `lengths` itself: written and returned, nothing is
+            allocated.
 
     Returns:
         new lengths int32 `[B]`, `c + m + 1`.
@@ -51,7 +60,13 @@ def rollback_kv(
         check.tensor("block_table", block_table, ("B", "max_pages"), torch.int32)
     if cache.device.type == "cpu":  # values are free to look at there
         _check_values(cache, path, lengths, block_table)
-    return rollback_kv_op(cache, path, lengths, block_table)
+    if out is None:
+        return rollback_kv_op(cache, path, lengths, block_table)
+    check.tensor("out", out, ("B",), torch.int32, contiguous=True)
+    if out.numel() and out.data_ptr() == lengths.data_ptr():  # programs read what another writes
+        raise ValueError("rollback_kv: out: expected another tensor than lengths, got lengths")
+    torch.ops.eesd.rollback_kv.out(cache, path, lengths, block_table, out0=out)
+    return out
 
 
 def _check_values(cache: Tensor, path: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:

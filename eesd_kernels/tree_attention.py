@@ -4,7 +4,9 @@ q `[B, T, Hq, D]`; K and V `[B, S, Hkv, D]` (NHD) or pages, the block's own K/V 
 `lengths[b] + i`. Row i sees all `lengths[b]` cached slots and, of the block, rows `j <= i` or the
 nodes named by its ancestry mask; a sliding window hides what lies too far back. Grouped-query
 heads; float32 softmax. Reads the live K/V once, `2 B (length + T) Hkv D` numbers, and that bounds
-it. It never writes the cache.
+it. On CUDA a row has the same bits alone, in any block or tree, in pages or not (the argument
+stands in `triton/tree_attention.py`); float64 and heads above 256 go through the reference. It
+never writes the cache.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
 from eesd_kernels._cpu import tree_attention_cpu
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 
 
 def _cpu(
@@ -37,6 +39,7 @@ tree_attention_op = register(
     " float scale, Tensor? ancestry=None, Tensor? block_table=None, int? window=None) -> Tensor",
     reference=reference.tree_attention,
     cpu=_cpu,
+    cuda=triton_op("tree_attention", reference.tree_attention),
     fake=lambda q, *_: q.new_empty(q.shape),
 )
 
@@ -52,6 +55,7 @@ def tree_attention(
     ancestry: Tensor | None = None,
     block_table: Tensor | None = None,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attend from a block's rows to the cache and to each other.
 
@@ -68,6 +72,7 @@ def tree_attention(
             page `block_table[b, s div page_size]`.
         window: a row sees positions fewer than `window` before its own (1: itself alone); a
             node's position is `lengths` plus the number of its ancestors. None: all.
+        out: as the result, contiguous: written and returned, nothing is allocated but scratch.
 
     Returns:
         `[B, T, Hq, D]`, the dtype of q.
@@ -99,9 +104,14 @@ def tree_attention(
             _check_pages(k_cache, lengths, num_rows, block_table)
     if scale is None:
         scale = q.shape[3] ** -0.5
-    return tree_attention_op(
+    arguments = (
         q, k_cache, v_cache, lengths, num_rows, scale, ancestry, block_table, window
-    )
+    )  # fmt: skip
+    if out is None:
+        return tree_attention_op(*arguments)
+    check.tensor("out", out, ("B", "T", "Hq", "D"), q.dtype, contiguous=True)
+    torch.ops.eesd.tree_attention.out(*arguments, out0=out)
+    return out
 
 
 def _check_pages(k_cache: Tensor, lengths: Tensor, num_rows: Tensor, block_table: Tensor) -> None:

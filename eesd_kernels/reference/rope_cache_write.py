@@ -1,4 +1,7 @@
-"""Rotate queries and keys (half-split RoPE, as Llama) and write K and V into the cache."""
+"""Rotate queries and keys (half-split RoPE, as Llama) and write K and V into the cache.
+
+Paged: slot s of sequence b is offset `s mod page_size` of page `block_table[b, s div page_size]`.
+"""
 
 import torch
 from torch import Tensor
@@ -21,11 +24,13 @@ def rope_cache_write(
     lengths: Tensor,
     num_rows: Tensor,
     depth: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     batch, rows, _ = qkv.shape
-    kv_heads, head_size = k_cache.shape[2:]
-    q, k, v = qkv.view(batch, rows, -1, head_size).split(
-        [qkv.shape[-1] // head_size - 2 * kv_heads, kv_heads, kv_heads], dim=2
+    size, kv_heads, head_size = k_cache.shape[1:]
+    heads = qkv.shape[-1] // head_size
+    q, k, v = qkv.unflatten(-1, (heads, head_size)).split(
+        [heads - 2 * kv_heads, kv_heads, kv_heads], dim=2
     )
     step = torch.arange(rows, device=qkv.device)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -34,6 +39,8 @@ def rope_cache_write(
         slot = lengths[b] + step[:live]
         at = slot if depth is None else lengths[b] + depth[b, :live]
         out[b, :live] = _rotate(q[b, :live], cos[at], sin[at])
-        k_cache[b, slot] = _rotate(k[b, :live], cos[at], sin[at]).to(k_cache.dtype)
-        v_cache[b, slot] = v[b, :live].to(v_cache.dtype)
+        sequence = torch.full_like(slot, b) if block_table is None else block_table[b, slot // size]
+        place = sequence.long(), slot if block_table is None else slot % size
+        k_cache[place] = _rotate(k[b, :live], cos[at], sin[at]).to(k_cache.dtype)
+        v_cache[place] = v[b, :live].to(v_cache.dtype)
     return out

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton.rms_norm import rms_norm
+from eesd_kernels.triton.rows import programmatic
 
 ROW_TILES = (16, 32, 64)
 GROUP = tl.constexpr(8)  # a thread of m16n8k16 and of wgmma holds rows r and r + 8
@@ -89,6 +90,7 @@ def _linear_kernel(
     x_ptr, w_ptr, residual_ptr, out_ptr, R, outs, H, stride_x, stride_w, stride_r,
     DOT: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, EVEN_O: tl.constexpr,
     EVEN_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of the weight and of the rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -99,6 +101,8 @@ def _linear_kernel(
     x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_x
     w_ptrs = w_ptr + w_row[:, None] * stride_w
     acc = product(x_ptrs, w_ptrs, in_rows, in_outs, H, DOT, EVEN_O, EVEN_H, BLOCK_O, BLOCK_H, ROWS)
+    if PDL:  # no sooner: programs that wait would take the place of those that read
+        tl.extra.cuda.gdc_launch_dependents()
 
     PER_TILE: tl.constexpr = BLOCK_O // 2 if SWIGLU else BLOCK_O
     if SWIGLU:
@@ -172,6 +176,7 @@ def linear(
     per_tile = config.block_o // 2 if swiglu else config.block_o
     # The interpreter's product of bfloat16 is wrong; on a GPU float32 is for float32 alone.
     single = x.dtype is torch.float32 or x.device.type == "cpu"
+    pdl = programmatic(x)
     stage = config.block_h * (config.block_o * size + row_tile * x.element_size())
     arguments = (
         flat, weight, residual, y, rows, outs, columns, flat.stride(0), weight.stride(0),
@@ -190,6 +195,8 @@ def linear(
         # Else ptxas spills a word on sm_100 to fit a program more, for which no memory is left.
         "maxnreg": 255 if arch >= 100 and not single else None,
         "num_stages": max(1, min(config.stages, (memory - 4096) // stage)),
+        "PDL": pdl,
+        **({"launch_pdl": True} if pdl else {}),
     }
     grid = triton.cdiv(rows, row_tile), triton.cdiv(outs, per_tile)
     _linear_kernel[grid](*arguments, **constants)

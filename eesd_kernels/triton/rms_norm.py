@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eesd_kernels.triton.rows import programmatic
+
 BLOCK = 16_384
 
 
@@ -40,9 +42,13 @@ def norm_row(x_ptr, weight_ptr, out_ptr, size, eps, WHOLE: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     norm_row(x_ptr + row * stride, weight_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
 
 
@@ -62,9 +68,10 @@ def rms_norm(
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if y.numel():
-        block, warps = tile_of(size)
+        (block, warps), pdl = tile_of(size), programmatic(x)
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight.contiguous(), y, rows.stride(0), size, eps,
-            WHOLE=size <= block, BLOCK=block, num_warps=warps,
+            WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=warps,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return y

@@ -2,9 +2,9 @@
 
 Three launches: `statistics` over every live row, the verifier's own walk, and `race` over the row
 where the walk stopped. A *split* is `BLOCK` consecutive ids of one row, in the registers of one
-program and read once; BLOCK goes by V alone, and splits are merged in ascending order, so a row has
-the same bits in any batch. Where rows are few, `statistics` races in every row at once and the walk
-finishes alone (`FOLD`): the keys are the same bits, so the ids are too.
+program and read once; they begin at multiples of BLOCK and are merged in ascending order, so a row
+has the same bits in any batch. Where rows are few, `statistics` races in every row at once and the
+walk finishes alone (`FOLD`): the keys are the same bits, so the ids are too.
 
 Planes of `partial`, float32 `[B, R, 4, S]`, S splits a row (`TOP`, `SUM`, `KEY`, `ID`):
 - top: the largest kept logit, -inf where the split has none.
@@ -37,12 +37,14 @@ from eesd_kernels.triton.splits import (
     merge_races,
     pick,
     race_split,
+    raw_split,
     without,
     without_children,
 )
 
-FOLD_BELOW = 1 << 21  # logits
-OVERLAP_HEAD = True
+SPLIT, WARPS = 2048, 4  # ids of a split, warps of its program
+FOLD_BELOW = 1 << 20  # logits
+PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads ahead
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -62,14 +64,14 @@ ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, count
 def _statistics_kernel(
     logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
     position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
-    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, EAGER: tl.constexpr,
+    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr,
     BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    b, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """Every `num_programs(2)`-th split of a row, from the program's own on."""
+    b, row, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    first = split * BLOCK
     row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
     cutoff = float("-inf")
     if cutoff_ptr is not None:
@@ -77,49 +79,56 @@ def _statistics_kernel(
     live, law = tl.load(live_ptr + b), tl.load(law_ptr + b)
     temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
     position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
-    if EAGER:  # the row's own load waits for nothing
-        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
-    if FOLD:
+    if FOLD:  # the row's own load waits for nothing
+        raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         if parent_ptr is None:
             child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
         if q_ids_ptr is not None:
             some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
             listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
     if row < tl.maximum(live, 0) + BONUS:
-        if not EAGER:
-            ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
+        if not FOLD:
+            raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         c, sampled = exponent(temperature), temperature > 0
-        noise = tl.zeros((BLOCK,), tl.float32)
-        if sampled and (FOLD or law == COUPLED):  # while the logits are on their way
+        racing, place = sampled & (FOLD | (law == COUPLED)), position + 1
+        if racing:
             depth = row
             if parent_ptr is not None:
                 depth = depth_of(parent_ptr + b * rows, row)
-            place, base = position + depth + 1, tl.where(law == COUPLED, 0, base)
-            noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
-        top = tl.max(x, 0)
-        total = tl.sum(tl.exp2((x - finite_or_zero(top)) * c), 0)
-        key, who = float("inf"), first
-        if not sampled:
-            who = tl.min(tl.where(x == top, ids, NO_ID), 0)
-        elif FOLD or law == COUPLED:
-            if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
-                if law != COUPLED and row < live:
-                    if law == DETERMINISTIC or q_ids_ptr is None:
-                        if parent_ptr is None:
-                            x = tl.where(ids == child, float("-inf"), x)
-                        else:
-                            x = without_children(
-                                x, ids, first, child_ptr + b * rows, parent_ptr + b * rows, row,
-                                live, CHILDREN, BLOCK,
-                            )  # fmt: skip
-                    elif q_ids_ptr is not None:
-                        x = without(x, ids, first, listed, list_ptr, k, BLOCK)
-            key, who = race_split(x, ids, top, c, noise)
-        at = partial_ptr + (b * rows + row) * 4 * splits + split
-        tl.store(at + TOP * splits, top)
-        tl.store(at + SUM * splits, total)
-        tl.store(at + KEY * splits, key)
-        tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
+            place, base = place + depth, tl.where(law == COUPLED, 0, base)
+        for split in range(program, splits, tl.num_programs(2)):
+            first, onward = split * BLOCK, (split + tl.num_programs(2)) * BLOCK
+            later = raw_split(row_ptr, onward, vocab, BLOCK)  # on its way meanwhile
+            ids, x = first + tl.arange(0, BLOCK), raw.to(tl.float32)
+            x = tl.where(x < cutoff, float("-inf"), x)  # NaN stays
+            noise = tl.zeros((BLOCK,), tl.float32)
+            if racing:
+                noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
+            top = tl.max(x, 0)
+            total = tl.sum(tl.exp2((x - finite_or_zero(top)) * c), 0)
+            key, who = float("inf"), tl.full([], 0, tl.int32) + first
+            if not sampled:
+                who = tl.min(tl.where(x == top, ids, NO_ID), 0)
+            elif racing:
+                if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
+                    if law != COUPLED and row < live:
+                        if law == DETERMINISTIC or q_ids_ptr is None:
+                            if parent_ptr is None:
+                                x = tl.where(ids == child, float("-inf"), x)
+                            else:
+                                x = without_children(
+                                    x, ids, first, child_ptr + b * rows, parent_ptr + b * rows,
+                                    row, live, CHILDREN, BLOCK,
+                                )  # fmt: skip
+                        elif q_ids_ptr is not None:
+                            x = without(x, ids, first, listed, list_ptr, k, BLOCK)
+                key, who = race_split(x, ids, top, c, noise)
+            at = partial_ptr + (b * rows + row) * 4 * splits + split
+            tl.store(at + TOP * splits, top)
+            tl.store(at + SUM * splits, total)
+            tl.store(at + KEY * splits, key)
+            tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
+            raw = later
 
 
 @triton.jit
@@ -171,13 +180,9 @@ def _race_kernel(
             tl.store(token_ids_ptr + b * width + tl.load(stop + PLACE), token)
 
 
-def split_of(vocab: int) -> tuple[int, int]:
-    """ids of a split, warps of its program: a function of V alone."""
-    return (2048, 4) if vocab <= 65_536 else (4096, 8)
-
-
 def splits_of(vocab: int) -> int:
-    return triton.cdiv(vocab, split_of(vocab)[0])
+    """Splits of a row: a function of V alone."""
+    return triton.cdiv(vocab, SPLIT)
 
 
 def folds(logits: Tensor) -> bool:
@@ -229,17 +234,17 @@ def statistics(
             `child_ids [B, Q]` (linear: that of row r at r; tree: of node i at i).
     """
     batch, rows, vocab = logits.shape
-    block, warps = split_of(vocab)
     splits = partial.shape[3]
     children = child_ids.shape[1] if child_ids is not None else 1
     q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
     pdl = programmatic(logits)
-    _statistics_kernel[(batch, rows, splits)](
+    programs = max(1, min(splits, PROGRAMS // (batch * rows)))
+    _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
-        BONUS=bonus, FOLD=fold, EAGER=fold, BLOCK=block,
-        CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
-        PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl and OVERLAP_HEAD else {}),
+        BONUS=bonus, FOLD=fold, BLOCK=SPLIT, CHILDREN=triton.next_power_of_2(children),
+        WIDTH=triton.next_power_of_2(k), PDL=pdl, num_warps=WARPS,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -266,14 +271,13 @@ def race(
         token_ids: int32 `[B, W]`, contiguous.
     """
     batch, rows, vocab = logits.shape
-    block, warps = split_of(vocab)
     splits, count = partial.shape[3], excluded.shape[1]
     candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
     pdl = programmatic(logits)
     _race_kernel[(batch, splits)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
         partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
-        count, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
-        COUNT=triton.next_power_of_2(count), PDL=pdl, num_warps=warps,
+        count, BLOCK=SPLIT, SPLITS=triton.next_power_of_2(splits),
+        COUNT=triton.next_power_of_2(count), PDL=pdl, num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -47,11 +47,17 @@ def depth_of(parent_ptr, row):
 
 
 @triton.jit
+def raw_split(row_ptr, first, vocab, BLOCK: tl.constexpr):
+    """The logits `[BLOCK]` of the split at `first` as they are stored; -inf beyond the row."""
+    ids = first + tl.arange(0, BLOCK)
+    return tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf"))
+
+
+@triton.jit
 def load_split(row_ptr, cutoff, first, vocab, BLOCK: tl.constexpr):
     """ids and logits `[BLOCK]` of the split at `first`, float32; -inf below the cutoff."""
-    ids = first + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    return ids, tl.where(x < cutoff, float("-inf"), x)  # NaN stays
+    x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
+    return first + tl.arange(0, BLOCK), tl.where(x < cutoff, float("-inf"), x)  # NaN stays
 
 
 @triton.jit

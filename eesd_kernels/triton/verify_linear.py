@@ -56,11 +56,8 @@ def _walk_kernel(
     temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr, partial_ptr, weights_ptr,
     left_ptr, stop_ptr, excluded_ptr, accepted_ptr, token_ids_ptr, status_ptr, drafts,
     vocab, splits, k, ROWS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
-    FOLD: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    FOLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     SPARSE: tl.constexpr = q_ids_ptr is not None
     DENSE: tl.constexpr = q_ids_ptr is None and q_probs_ptr is not None
     b = tl.program_id(0).to(tl.int64)
@@ -112,7 +109,7 @@ def _walk_kernel(
         q_row = q_probs_ptr + (b * drafts + level) * vocab
         w_t = some_from_l2(q_row + tl.where(known, t, 0), known, 0.0).to(tl.float64)
 
-    if PDL and EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     at = partial_ptr + (b * (drafts + 1) + level)[:, None] * 4 * splits + split[None, :]
@@ -279,7 +276,7 @@ def verify_linear(
         logits, logits.stride(0), logits.stride(1), draft_ids, length, q_ids, q_probs, law,
         temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded,
         accepted, token_ids, status, width - 1, vocab, splits, k, ROWS=levels, SPLITS=across,
-        WIDTH=listed, FOLD=fold, PDL=pdl, EARLY=True,
+        WIDTH=listed, FOLD=fold, PDL=pdl,
         num_warps=1 if tile <= 512 else 4 if tile <= 1024 else 8,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -23,6 +23,15 @@ class Block(NamedTuple):
     sequence: int | None = None
 
 
+class CacheTooLarge(RuntimeError):
+    """There is no memory for a cache; the message names its size."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class KVCache:
     """`[layers, 2, B, S, Hkv, D]`, layers 0..L-1 of the backbone, then the exit layer's.
 
@@ -46,12 +55,14 @@ class KVCache:
             self.data = torch.zeros(
                 *shape, config.num_kv_heads, config.head_size, dtype=dtype, device=device
             )
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             element = torch.empty((), dtype=dtype).element_size()
             size = (
                 2 * shape[0] * batch * capacity * config.num_kv_heads * config.head_size * element
             )
-            raise RuntimeError(
+            raise CacheTooLarge(
                 f"the KV cache of {batch} sequences of {capacity} tokens ({size / 2**30:.1f} GiB) "
                 f"does not fit on {device}: lower the batch or max_new_tokens"
             ) from None
@@ -59,6 +70,11 @@ class KVCache:
         self._rope = rope
         self._scale = config.head_size**-0.5
         self._layers = [(kv[0], kv[1]) for kv in self.data]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers."""
+        return self.data.numel() * self.data.element_size()
 
     def attend(self, layer: int, qkv: Tensor, block: Block, window: int | None = None) -> Tensor:
         """Write the block's K and V, and attend from it: `[B, T, .]` to `[B, T, Hq D]`.

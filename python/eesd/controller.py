@@ -110,17 +110,19 @@ class Controller:
         self.shared, self.threshold = shared, threshold
         # Only the rules that weigh costs read them.
         self.costs = torch.ones(max_draft + 1, device=device) if costs is None else costs
-        self.exit_cost = exit_cost
         calibrated = rule is Rule.CALIBRATED
+        self.exit_cost = exit_cost if calibrated else 0.0
         self.credit: Tensor | None = None
-        self._token_credit, self._credit_limit = 1.0, float("inf")
+        self._token_credit = 1.0
         self._planned = torch.zeros(batch, dtype=torch.int32, device=device)
         self._looked = 0  # exit steps of the round
         if costs is not None and max_slowdown is not None and rule in (Rule.COST, Rule.CALIBRATED):
-            start, self._token_credit, self._credit_limit = Allowance.of(
+            start, self._token_credit, limit = Allowance.of(
                 max_slowdown, float(costs.max() / costs[0])
             )
             self.credit = torch.full((batch,), start, dtype=torch.float32, device=device)
+            # A tensor, since captured rounds serve costs that are measured on themselves.
+            self._credit_limit = torch.full_like(self.credit, limit)
         shape, split = ((batch, BUCKETS), BUCKETS) if calibrated else ((batch,), 1)
         self.prior_alpha, self.prior_beta = (
             torch.full(shape, value / split, dtype=torch.float32, device=device) for value in prior
@@ -134,6 +136,11 @@ class Controller:
             self._run = torch.zeros(batch, 3, dtype=torch.float32, device=device)
             self._looking = torch.zeros(batch, dtype=torch.int32, device=device)
             self._unread = torch.zeros(batch, dtype=torch.float32, device=device)
+
+    @property
+    def reads_certainty(self) -> bool:
+        """Whether draft lengths depend on the exit's top probability."""
+        return self._bucket is not None or self.threshold > 0
 
     def plan(self, cap: Tensor, seed: Tensor, position: Tensor) -> Tensor:
         """Draft lengths `[B]` int32 known so far, 0 to cap; a cap of -1 leaves a sequence out."""
@@ -192,8 +199,10 @@ class Controller:
             alpha, beta, discount = prior_alpha.clone(), prior_beta.clone(), 1.0
         thompson_update_op(
             alpha, beta, prior_alpha, prior_beta, drafted, accepted, discount, self._bucket,
-            self.credit, self._token_credit, self._credit_limit,
+            self.credit, self._token_credit,
         )  # fmt: skip
+        if self.credit is not None:
+            torch.minimum(self.credit, self._credit_limit, out=self.credit)
         if self.shared:
             for value, prior, counts in (
                 (self.alpha, self.prior_alpha, alpha),

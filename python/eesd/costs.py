@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from eesd.cache import Block
 from eesd.controller import CostTable
 from eesd.exit_head import ExitHead
 from eesd.loading import Model
 from eesd.models import Llama
-from eesd.round import Engine, Sampling
+from eesd.round import Draft, Engine
+from eesd.sampling import Sampling
 
 _CONTEXT, _REPEATS = 64, 5
 _LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
@@ -25,9 +25,8 @@ def measured_costs(
 
     Logits processors are left out: custom ones may take any time, and are called for each row.
     """
-    sampled = bool((sampling.temperature > 0).any())
-    filtered = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any())
-    key = (batch, head, sampled, filtered, int(sampling.law[0]))
+    filters = [x is not None for x in (sampling.top_k, sampling.top_p, sampling.min_p)]
+    key = (batch, head, sampling.draft_candidates, *filters, int(sampling.law[0]))
     known = model.measured_costs.get(key)
     if known is None or len(known.rest) <= max_draft:
         known = _measure(model.backbone, head, batch, max_draft, sampling)
@@ -49,9 +48,8 @@ def _measure(
 
     hidden = engine.prefix(pending, block(1))
 
-    def exit_step() -> tuple[Tensor, Tensor, Tensor]:
-        values, candidates, _ = engine.look(hidden, block(1), sampling)
-        return engine.draw(values, candidates, block(1), sampling, context)
+    def exit_step() -> Draft:
+        return engine.look_and_draw(hidden, block(1), context + 1, sampling, context)[-1]
 
     draft = exit_step()
 

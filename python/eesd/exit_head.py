@@ -127,5 +127,4 @@ class ExitHead:
 
     def candidates(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k best exit logits of `[B, H]`: values, ids, logsumexp."""
-        k = min(k, self.lm_head.shape[0])  # a vocabulary may be narrower than k
         return exit_topk_op(hidden, self.lm_head, k, self.norm, self._eps)

@@ -126,6 +126,7 @@ def generate(
         [t.accepted for t in transcripts],
         decoder.controller.posterior(),
         decoder.costs,
+        decoder.engine_stats,
     )
     if stats.num_draft_tokens >= ENOUGH and stats.draft_acceptance_rate < HOPELESS:
         warnings.warn(
@@ -170,8 +171,13 @@ def _output(
 def _one_runtime(model: Model) -> Iterator[None]:
     """Keep torch's threads out of the way of the C++ library's during a float32 CPU call.
 
-    What torch does there is small; its pool and ours on the same cores delay each other.
+    What torch does there is small; its pool and ours on the same cores delay each other. On CUDA
+    the model's device is made the current one.
     """
+    if model.backbone.device.type == "cuda":
+        with torch.cuda.device(model.backbone.device):
+            yield
+        return
     threads = torch.get_num_threads()
     ours = model.backbone.device.type == "cpu" and model.backbone.dtype is torch.float32
     if ours:

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eesd.allowance import DEFAULT_MAX_SLOWDOWN
 from eesd.controller import DEFAULT_DISCOUNT, SCHEDULES, CostTable
 from eesd.posterior import Posterior, check_prior
 
 _INT32 = 2**31 - 1
 _FLOAT32 = 2.0**127
+_SLOW = 1e6
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class GenerationConfig:
     assistant_discount: 0 to 1, what a round leaves of what was learned before it.
     assistant_share_posterior: one posterior for all sequences of the call, which all of their
         rounds update; the discount counts once a round.
+    assistant_max_slowdown: how much longer than plain decoding drafts may make a sequence of 256
+        tokens or more, whatever becomes of them, by the costs of a round: 0.02 is 1.02 times. It
+        binds the schedules that weigh costs (thompson, cost, calibrated). None: no bound.
     """
 
     max_new_tokens: int = 256
@@ -75,6 +80,7 @@ class GenerationConfig:
     assistant_prior: tuple[float, float] | None = None
     assistant_discount: float = DEFAULT_DISCOUNT
     assistant_share_posterior: bool = False
+    assistant_max_slowdown: float | None = DEFAULT_MAX_SLOWDOWN
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -90,6 +96,8 @@ class GenerationConfig:
         self._number("top_p", 0.0, 1.0, "above 0, at most 1", low_open=True)
         for name in ("min_p", "assistant_confidence_threshold", "assistant_discount"):
             self._number(name, 0.0, 1.0, "0 to 1")
+        if self.assistant_max_slowdown is not None:
+            self._number("assistant_max_slowdown", 0.0, _SLOW, f"0 to {_SLOW:.0f}, or None")
         self._one_of("num_assistant_tokens_schedule", tuple(SCHEDULES))
         self._one_of("draft", ("linear",))
         self._one_of("assistant_sampling", ("rejection", "coupled", "block"))

@@ -11,19 +11,21 @@ from eesd.weights import WeightFolder
 from eesd_kernels import reference
 from eesd_kernels.linear import linear_op
 from eesd_kernels.rms_norm import rms_norm_op
-from eesd_kernels.swiglu import swiglu_op
 
 
 class LayerOps(NamedTuple):
-    """The three ops of a layer besides attention."""
+    """The ops of a layer besides attention.
 
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear takes x, weight, residual, norm_weight, eps and swiglu: what stands before and after a
+    product costs no pass of its own where its kernel can do it.
+    """
+
+    linear: Callable[..., Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    swiglu: Callable[[Tensor], Tensor]
 
 
-INFERENCE = LayerOps(linear_op, rms_norm_op, swiglu_op)
-TRAINING = LayerOps(reference.linear, reference.rms_norm, reference.swiglu)
+INFERENCE = LayerOps(linear_op, rms_norm_op)
+TRAINING = LayerOps(reference.linear, reference.rms_norm)
 """Plain PyTorch, which autograd and torch.compile see through."""
 
 
@@ -132,7 +134,7 @@ def project_qkv(
     weights: LayerWeights, hidden: Tensor, eps: float, ops: LayerOps = INFERENCE
 ) -> Tensor:
     """What attention and the cache take of `[B, T, H]`: q, k and v `[B, T, (Hq + 2 Hkv) D]`."""
-    qkv = ops.linear(ops.rms_norm(hidden, weights.input_norm, eps), weights.qkv, None)
+    qkv = ops.linear(hidden, weights.qkv, None, weights.input_norm, eps)
     if weights.qkv_bias is not None:
         qkv = qkv + weights.qkv_bias.to(qkv.dtype)
     if weights.q_norm is None or weights.k_norm is None:
@@ -171,5 +173,5 @@ def decoder_layer(
     hidden = ops.linear(attention, weights.output, hidden)
     if weights.output_bias is not None:
         hidden = hidden + weights.output_bias.to(hidden.dtype)
-    x = ops.rms_norm(hidden, weights.post_norm, eps)
-    return ops.linear(ops.swiglu(ops.linear(x, weights.gate_up, None)), weights.down, hidden)
+    x = ops.linear(hidden, weights.gate_up, None, weights.post_norm, eps, True)
+    return ops.linear(x, weights.down, hidden)

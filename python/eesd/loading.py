@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from eesd.captures import Captures
 from eesd.config import EXIT_HEAD_TYPE, ModelConfig
 from eesd.exit_head import ExitHead
 from eesd.fields import read_json
@@ -22,6 +23,8 @@ _DTYPES = {
     "float64": torch.float64,
 }
 HEAD_FOLDER = "exit_head"
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: bfloat16 on the tensor cores, and what the CUDA library is compiled for."""
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Model:
     fingerprint: str
     measured_costs: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Round costs by batch size and head, measured once a model (`eesd.costs`)."""
+    captures: Captures = field(default_factory=Captures, repr=False, compare=False)
+    """CUDA graphs of rounds and their caches; `captures.clear()` frees them."""
 
     @property
     def config(self) -> ModelConfig:
@@ -129,16 +134,36 @@ def _tokenizer(path: Path) -> Tokenizer:
 def target_device(device: str | torch.device | None) -> torch.device:
     """Where to load: `None` is a CUDA device where there is one, else the CPU."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: expected cpu or cuda[:n], got {device!r}") from None
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda[:n], got {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} asked for, but no CUDA device is available")
+    if chosen.type == "cuda":
+        _check_gpu(chosen, device)
     return chosen
+
+
+def _check_gpu(chosen: torch.device, device: str | torch.device | None) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} asked for, but no CUDA device is available")
+    if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {device!r} asked for, but there are {torch.cuda.device_count()} CUDA devices"
+        )
+    capability = torch.cuda.get_device_capability(chosen)
+    if capability < LEAST_CAPABILITY:
+        raise ValueError(
+            f"device: expected a GPU of compute capability {_dotted(LEAST_CAPABILITY)} or later, "
+            f"got {torch.cuda.get_device_name(chosen)} of {_dotted(capability)}; "
+            "device='cpu' is slower and works"
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def target_dtype(

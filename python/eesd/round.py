@@ -22,60 +22,23 @@ from eesd.controller import Controller
 from eesd.exit_head import ExitHead
 from eesd.models import Llama
 from eesd.processors import Processors
-from eesd_kernels import Law
+from eesd.sampling import Sampling
+from eesd_kernels.exit_topk import exit_topk_op
 from eesd_kernels.sample_draft import sample_draft_op
 from eesd_kernels.verify_linear import verify_linear_op
 
+try:
+    from eesd_kernels.exit_draft import exit_draft_op
+except ImportError:  # until the fused op is there
+
+    def exit_draft_op(hidden, lm_head, k, norm_weight, eps, temperature, law, n, *noise):  # type: ignore
+        values, ids, logsumexp = exit_topk_op(hidden, lm_head, k, norm_weight, eps)
+        drawn = sample_draft_op(values, ids, temperature, law, n, *noise)
+        return values, ids, logsumexp, *drawn
+
+
 PREFILL_CHUNK = 256
 """Rows a prefill step. A constant, so that a prompt is prefilled alike in every batch."""
-
-CANDIDATES = 32
-"""Exit logits that a sampled draft, or one that processors reorder, is chosen from."""
-
-
-@dataclass
-class Sampling:
-    """How tokens are chosen, one value a sequence, `[B]`."""
-
-    law: Tensor  # int32, see eesd_kernels.Law
-    temperature: Tensor  # float32, 0 is greedy
-    top_k: Tensor  # int32
-    top_p: Tensor  # float32
-    min_p: Tensor  # float32
-    seed: Tensor  # int64
-    draft_candidates: int  # k of the sparse draft law
-
-    @classmethod
-    def uniform(
-        cls,
-        seeds: list[int],
-        device: torch.device,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        law: Law = Law.SAMPLED,
-        draft_candidates: int | None = None,
-    ) -> "Sampling":
-        """The same rule for each sequence, a seed each.
-
-        draft_candidates: None for as many as the rule needs: one where it is greedy.
-        """
-        n = len(seeds)
-
-        def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((n,), value, dtype=dtype, device=device)
-
-        return cls(
-            law=full(int(law), torch.int32),
-            temperature=full(temperature, torch.float32),
-            top_k=full(top_k, torch.int32),
-            top_p=full(top_p, torch.float32),
-            min_p=full(min_p, torch.float32),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            draft_candidates=draft_candidates or (CANDIDATES if temperature > 0 else 1),
-        )
 
 
 @dataclass
@@ -86,6 +49,14 @@ class State:
     pending: Tensor  # int32, x[c]
     remaining: Tensor  # int32, tokens still to emit
     alive: Tensor  # bool
+
+
+class Draft(NamedTuple):
+    """A drafted token a sequence, and the law that it was drawn from."""
+
+    token: Tensor  # [B] int32
+    ids: Tensor  # [B, k] int32
+    q: Tensor  # [B, k] float32
 
 
 class RoundResult(NamedTuple):
@@ -136,25 +107,38 @@ class Engine:
         last = self.backbone.config.num_layers
         return self.backbone.run_layers(hidden, self.exit_layer, last, self.cache, block)
 
-    def look(
-        self, hidden: Tensor, block: Block, sampling: Sampling
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Exit step on `h_N` `[B, 1, H]`: values and ids `[B, k]`, top probability `[B]`."""
+    def look(self, hidden: Tensor, block: Block, sampling: Sampling) -> tuple[Tensor, ...]:
+        """Exit step on `h_N` `[B, 1, H]`: values and ids `[B, k]`, logsumexp `[B]`."""
         assert self.head is not None
         out = self.head.run(hidden, self.cache, block)
-        k = min(sampling.draft_candidates, self.backbone.config.vocab_size)
-        values, candidates, logsumexp = self.head.candidates(out[:, 0], k)
-        return values, candidates, torch.exp(values[:, 0] - logsumexp)
+        return self.head.candidates(out[:, 0], self._candidates(sampling))
 
     def draw(
-        self, values: Tensor, candidates: Tensor, block: Block, sampling: Sampling, base: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One draft token a sequence: ids `[B]`, and q as `[B, k]` ids and probs."""
+        self, values: Tensor, candidates: Tensor, place: Tensor, sampling: Sampling, base: Tensor
+    ) -> Draft:
+        """One draft token a sequence for the position `place` `[B]`."""
         child, q = sample_draft_op(
-            values, candidates, sampling.temperature, sampling.law, 1,
-            sampling.seed, block.lengths + 1, base, None,
+            values, candidates, sampling.temperature, sampling.law, 1, sampling.seed, place, base,
+            None,
         )  # fmt: skip
-        return child[:, 0], candidates, q
+        return Draft(child[:, 0], candidates, q)
+
+    def look_and_draw(
+        self, hidden: Tensor, block: Block, place: Tensor, sampling: Sampling, base: Tensor
+    ) -> tuple[Tensor, Tensor, Draft]:
+        """Both in one op: values `[B, k]`, logsumexp `[B]`, and the draft."""
+        assert self.head is not None
+        out = self.head.run(hidden, self.cache, block)
+        values, candidates, logsumexp, child, q = exit_draft_op(
+            out[:, 0], self.head.lm_head, self._candidates(sampling), self.head.norm,
+            self.backbone.config.rms_eps, sampling.temperature, sampling.law, 1, sampling.seed,
+            place, base, None,
+        )  # fmt: skip
+        return values, logsumexp, Draft(child[:, 0], candidates, q)
+
+    def _candidates(self, sampling: Sampling) -> int:
+        """A vocabulary may be narrower than k."""
+        return min(sampling.draft_candidates, self.backbone.config.vocab_size)
 
     def target(self, hidden: Tensor, block: Block) -> Tensor:
         """`h_N` `[B, l+1, H]` through the rest of the model: logits `[B, l+1, V]`."""
@@ -164,16 +148,22 @@ class Engine:
         self,
         scores: Tensor,
         block: Block,
-        drafts: list[tuple[Tensor, Tensor, Tensor]],
+        drafts: list[Draft],
         drafted: Tensor,
         sampling: Sampling,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The drafts' verdict under scores `[B, l+1, V]`: accepted, token ids, status."""
+        q_ids = q = None
         if drafts:
-            ids, q_ids, q = (torch.stack(parts, 1) for parts in zip(*drafts, strict=True))
+            ids = torch.stack([draft.token for draft in drafts], 1)
+            if sampling.tests_law:
+                q_ids = torch.stack([draft.ids for draft in drafts], 1)
+                q = torch.stack([draft.q for draft in drafts], 1)
         else:
             ids = drafted.new_empty(len(drafted), 0)
-            q_ids, q = ids[..., None], sampling.temperature.new_empty(len(drafted), 0, 1)
+            if sampling.tests_law:
+                q_ids = ids[..., None]
+                q = sampling.temperature.new_empty(len(drafted), 0, 1)
         return verify_linear_op(
             scores, ids, drafted, q_ids, q, sampling.law, sampling.temperature, sampling.top_k,
             sampling.top_p, sampling.min_p, sampling.seed, block.lengths, block.lengths,
@@ -202,34 +192,14 @@ class Engine:
         then read from the device. None: the device is asked after each.
         """
         base = state.length
-        token, hiddens, drafts = (
-            state.pending,
-            list[Tensor](),
-            list[tuple[Tensor, Tensor, Tensor]](),
-        )
-        while True:
-            step = len(hiddens)
-            block = Block(base + step, (state.alive & (drafted >= step)).to(torch.int32))
-            hidden = self.prefix(token[:, None], block)
-            hiddens.append(hidden)
-            looks = controller.looks(drafted, step + 1) if steps is None else step < steps
-            if not looks:
-                if self.head:
-                    self.head.write(hidden, self.cache, block)
-                break
-            values, candidates, top_prob = self.look(hidden, block, sampling)
-            drafted = controller.include(drafted, step + 1, top_prob)
-            if steps is None and int(drafted.max()) <= step:
-                break
-            if processors is not None:
-                values, candidates = processors.candidates(values, candidates, base + step + 1)
-            drafts.append(self.draw(values, candidates, block, sampling, base))
-            token = drafts[-1][0].clamp(min=0)
-            if processors is not None:
-                processors.write(base + step + 1, token)
-            # Nothing is drafted after an end of text.
-            drafted = controller.stop(drafted, torch.isin(token, eos), step + 1)
-
+        if steps is None:
+            hiddens, drafts, drafted = self._draft(
+                state, drafted, sampling, controller, eos, processors
+            )
+        else:
+            assert processors is None
+            assert not controller.reads_certainty
+            hiddens, drafts, drafted = self._draft_planned(state, drafted, sampling, eos, steps)
         rows = torch.where(state.alive, drafted + 1, 0).to(torch.int32)
         block = Block(base, rows)
         logits = self.target(torch.cat(hiddens, 1) if len(hiddens) > 1 else hiddens[0], block)
@@ -244,7 +214,86 @@ class Engine:
         state.length = base + count
         state.remaining = state.remaining - count
         state.pending = torch.where(emits, last, state.pending)
-        state.alive = emits & ~torch.isin(token_ids, eos).any(1) & (state.remaining > 0)
+        state.alive = emits & ~is_in(token_ids, eos).any(1) & (state.remaining > 0)
         if processors is not None:
             processors.write(state.length, state.pending)
         return RoundResult(token_ids, num_accepted, took_part, status, logits, scores)
+
+    def _draft(
+        self,
+        state: State,
+        drafted: Tensor,
+        sampling: Sampling,
+        controller: Controller,
+        eos: Tensor,
+        processors: Processors | None,
+    ) -> tuple[list[Tensor], list[Draft], Tensor]:
+        """Drafts as long as any sequence wants one, read from the device after each.
+
+        Returns `h_N` of each row, the drafts, and the draft lengths that became of the planned.
+        """
+        base, token = state.length, state.pending
+        hiddens, drafts = list[Tensor](), list[Draft]()
+        while True:
+            step = len(hiddens)
+            block = Block(base + step, (state.alive & (drafted >= step)).to(torch.int32))
+            hidden = self.prefix(token[:, None], block)
+            hiddens.append(hidden)
+            if not controller.looks(drafted, step + 1):
+                if self.head:
+                    self.head.write(hidden, self.cache, block)
+                break
+            place = base + step + 1
+            if processors is None:
+                values, logsumexp, draft = self.look_and_draw(hidden, block, place, sampling, base)
+            else:
+                values, candidates, logsumexp = self.look(hidden, block, sampling)
+            if controller.reads_certainty:
+                certainty = torch.exp(values[:, 0] - logsumexp)
+                drafted = controller.include(drafted, step + 1, certainty)
+            if int(drafted.max()) <= step:
+                break
+            if processors is not None:
+                values, candidates = processors.candidates(values, candidates, place)
+                draft = self.draw(values, candidates, place, sampling, base)
+            drafts.append(draft)
+            token = draft.token.clamp(min=0)
+            if processors is not None:
+                processors.write(place, token)
+            # Nothing is drafted after an end of text.
+            drafted = controller.stop(drafted, is_in(token, eos), step + 1)
+        return hiddens, drafts, drafted
+
+    def _draft_planned(
+        self, state: State, drafted: Tensor, sampling: Sampling, eos: Tensor, steps: int
+    ) -> tuple[list[Tensor], list[Draft], Tensor]:
+        """The same for lengths that are known before, `steps` the longest: nothing is read."""
+        base, token = state.length, state.pending
+        hiddens, drafts = list[Tensor](), list[Draft]()
+        step_of = torch.arange(steps + 1, dtype=torch.int32, device=base.device)[:, None]
+        # Rows of 16 bytes or a multiple, or Triton compiles each kernel for two alignments.
+        batch, pad = len(base), (0, -len(base) % 4)
+        place = torch.nn.functional.pad(base, pad) + step_of  # [steps + 1, B and more]
+        wanted = torch.where(state.alive, drafted, -1)
+        live = (torch.nn.functional.pad(wanted, pad) >= step_of).to(torch.int32)
+        place, live = place[:, :batch], live[:, :batch]
+        for step in range(steps + 1):
+            block = Block(place[step], live[step])
+            hidden = self.prefix(token[:, None], block)
+            hiddens.append(hidden)
+            if step < steps:
+                *_, draft = self.look_and_draw(hidden, block, place[step + 1], sampling, base)
+                drafts.append(draft)
+                token = draft.token.clamp(min=0)
+            elif self.head:
+                self.head.write(hidden, self.cache, block)
+        if drafts and eos.numel():  # nothing is drafted after an end of text
+            ended = is_in(torch.stack([draft.token for draft in drafts]), eos)
+            first = torch.where(ended, step_of[1:], steps).amin(0)
+            drafted = torch.minimum(drafted, first.to(torch.int32))
+        return hiddens, drafts, drafted
+
+
+def is_in(ids: Tensor, some: Tensor) -> Tensor:
+    """Whether each of ids is one of `some` `[n]`. `torch.isin` may sort and so wait."""
+    return (ids[..., None] == some).any(-1)

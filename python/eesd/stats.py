@@ -6,19 +6,40 @@ from eesd.controller import CostTable
 from eesd.posterior import Posterior
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """How a call's rounds ran.
+
+    captured: over static buffers, as CUDA graphs; else op by op. rounds: of the whole batch.
+    synchronisations: times the host waited for the device in these rounds; None op by op, where
+    each draft step asks. capture_s: seconds that this call took to capture and time its rounds, 0
+    where an earlier call had. capture_bytes, cache_bytes: device memory that these rounds and their
+    cache hold.
+    """
+
+    captured: bool
+    rounds: int
+    synchronisations: int | None
+    capture_s: float
+    capture_bytes: int
+    cache_bytes: int
+
+
 @dataclass
 class SpeculativeStats:
     """Counts over all sequences of a call, of the text as returned (cut at its end).
 
     per_step_drafted and per_step_accepted hold one list a sequence. posterior is the controller's
     as it left it (it sees rounds uncut), for `assistant_posterior` of a later call. costs is the
-    table used; None: no rule asked for one.
+    table used; None: no rule asked for one. Measured on captured rounds it has their times in
+    `rest`, prefix and exit 0.
     """
 
     per_step_drafted: list[list[int]]
     per_step_accepted: list[list[int]]
     posterior: Posterior
     costs: CostTable | None = None
+    engine: EngineStats | None = None
 
     @property
     def num_spec_steps(self) -> int:

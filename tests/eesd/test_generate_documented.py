@@ -59,6 +59,16 @@ def run(model: Model, ids: Tensor = IDS, *args: Any, **changes: Any) -> Generate
     return out
 
 
+@case
+def assistant_max_slowdown(tiny: Model) -> None:
+    """With nothing to lose nothing is drafted; with little to lose, little at once."""
+    sure = {"assistant_prior": (1e3, 1e-3)}
+    first = [
+        drafted(tiny, assistant_max_slowdown=most, **sure)[0][0] for most in (0.0, 0.005, None)
+    ]
+    assert first == [0, 2, 8]
+
+
 def new(model: Model, ids: Tensor = IDS, *args: Any, **changes: Any) -> list[int]:
     """The first sequence's new tokens."""
     return run(model, ids, *args, **changes).sequences[0, ids.shape[1] :].tolist()

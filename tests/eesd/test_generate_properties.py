@@ -142,6 +142,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         "assistant_prior": draw(st.none() | st.tuples(st.floats(0.1, 9), st.floats(0.1, 9))),
         "assistant_discount": draw(st.floats(0, 1)),
         "assistant_share_posterior": share,
+        "assistant_max_slowdown": draw(st.none() | st.sampled_from([0.0, 0.02]) | st.floats(0, 9)),
         "logits_processor": draw(
             st.none() | st.lists(st.sampled_from([favour, no_neighbours]), max_size=2)
         ),
@@ -378,6 +379,7 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     ),
     "assistant_discount": NOT_NUMBERS | outside(0.0, 1.0) | TOO_LOW | st.integers(2),
     "assistant_share_posterior": NOT_BOOLEANS,
+    "assistant_max_slowdown": st.text() | st.booleans() | outside(0.0, 1e6) | TOO_LOW,
     "logits_processor": st.one_of(
         st.integers(), st.text(), st.just(favour), st.lists(st.integers(), min_size=1),
         bad_answers(), st.builds(lambda: [favour, Unsteady()]),

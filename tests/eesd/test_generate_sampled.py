@@ -148,12 +148,14 @@ def always_accept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def greedy_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed choices under the rule for sampled ones."""
-    real = eesd.round.sample_draft_op
+    real = eesd.round.exit_draft_op
 
-    def draft(values: Tensor, ids: Tensor, temperature: Tensor, law: Tensor, *rest: Any) -> Any:
-        return real(values, ids, temperature, torch.full_like(law, Law.DETERMINISTIC), *rest)
+    def draft(*args: Any) -> Any:
+        *exit_step, law, n, seed, position, base, parent = args
+        fixed = torch.full_like(law, Law.DETERMINISTIC)
+        return real(*exit_step, fixed, n, seed, position, base, parent)
 
-    monkeypatch.setattr(eesd.round, "sample_draft_op", draft)
+    monkeypatch.setattr(eesd.round, "exit_draft_op", draft)
 
 
 def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:

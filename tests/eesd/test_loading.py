@@ -16,6 +16,7 @@ import eesd.exit_head
 from eesd import Model, load
 from eesd.config import ExitHeadConfig, ModelConfig
 from eesd.exit_head import ExitHead
+from eesd.loading import target_device
 
 MakeLlama = Callable[..., Path]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -261,6 +262,22 @@ def test_bad_device(tiny_llama: Path, device: str) -> None:
 def test_cuda_where_there_is_none(tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="device: 'cuda:1' asked for, but no CUDA device"):
         load(tiny_llama, device="cuda:1")
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", (7, 5)),
+        ("get_device_name", "Tesla T4"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    with pytest.raises(ValueError, match=r"capability 8\.0 or later, got Tesla T4 of 7\.5"):
+        target_device(None)
+    with pytest.raises(ValueError, match="'cuda:3' asked for, but there are 1 CUDA devices"):
+        target_device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert target_device(None) == torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp32", torch.int64, torch.complex64, 32])

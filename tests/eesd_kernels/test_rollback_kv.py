@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import pages_of, unpaged
 
 import eesd_kernels as ek
 from eesd_kernels import reference
@@ -33,23 +34,6 @@ def expected(sequence: torch.Tensor, path: list[int], c: int) -> torch.Tensor:
     for depth, node in enumerate(x for x in path if x >= 0):
         out[:, :, c + depth] = sequence[:, :, c + node]
     return out
-
-
-def pages_of(cache: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same cache in shuffled pages, some of which are nobody's, and its block table."""
-    layers, two, batch, slots, *rest = cache.shape
-    count = -(-slots // size)
-    order = torch.randperm(batch * count + 3)[: batch * count].view(batch, count)
-    pages = torch.randn(layers, two, batch * count + 3, size, *rest).to(cache.dtype)
-    for b in range(batch):
-        for s in range(slots):
-            pages[:, :, order[b, s // size], s % size] = cache[:, :, b, s]
-    return pages, order.to(torch.int32)
-
-
-def unpaged(pages: torch.Tensor, table: torch.Tensor, slots: int) -> torch.Tensor:
-    rows = [pages[:, :, row.long()].flatten(2, 3)[:, :, :slots] for row in table]
-    return torch.stack(rows, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -34,6 +34,7 @@ def rope_cache_write() -> dict[str, Any]:
         "v_cache": torch.randn(3, 30, 2, 6),
         "lengths": torch.tensor([0, 11, 26], dtype=torch.int32),
         "num_rows": torch.tensor([4, 0, 3], dtype=torch.int32),
+        "depth": torch.tensor([[0, 1, 1, 2]] * 3, dtype=torch.int32),
     }
 
 

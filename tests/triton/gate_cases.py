@@ -11,8 +11,11 @@ from eesd_kernels.triton.exit_topk import exit_topk
 from eesd_kernels.triton.linear import BY_SHAPE, linear
 from eesd_kernels.triton.rms_norm import rms_norm
 from eesd_kernels.triton.sample_draft import sample_draft
+from eesd_kernels.triton.rollback_kv import rollback_kv
+from eesd_kernels.triton.rope_cache_write import rope_cache_write
 from eesd_kernels.triton.swiglu import swiglu
 from eesd_kernels.triton.target_law import cutoffs
+from eesd_kernels.triton.tree_attention import tree_attention
 from eesd_kernels.triton.verify_linear import verify_linear
 from eesd_kernels.triton.verify_tree import verify_tree
 
@@ -187,14 +190,95 @@ def _exit_draft() -> dict[str, Callable[[], object]]:
     }  # fmt: skip
 
 
+def _rollback_kv() -> dict[str, Callable[[], object]]:
+    """13B, 70B and an awkward shape; contiguous, pages of 16, pages with the heads outermost."""
+    cases = {}
+    for layers, heads, size, t in (
+        (40, 40, 128, torch.bfloat16), (80, 8, 128, torch.float32), (3, 3, 20, torch.float64),
+    ):  # fmt: skip
+        for batch in (1, 256):
+            path, lengths = meta(batch, 32, dtype=torch.int32), meta(batch, dtype=torch.int32)
+            table = meta(batch, 64, dtype=torch.int32)
+            caches = {
+                "contiguous": meta(layers, 2, batch, 1024, heads, size, dtype=t),
+                "paged": meta(layers, 2, 999, 16, heads, size, dtype=t),
+                "heads first": meta(layers, 2, 999, heads, 16, size, dtype=t).transpose(3, 4),
+            }
+            for form, cache in caches.items():
+                cases[f"{layers}x{heads}x{size} {t} {batch} {form}"] = partial(
+                    rollback_kv, cache, path, lengths, table if form != "contiguous" else None
+                )
+    return cases
+
+
+def _rope_cache_write() -> dict[str, Callable[[], object]]:
+    """13B, 70B, tables and caches of another dtype than qkv, sizes that are no power of two."""
+    b, h, f, d = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    cases = {}
+    for heads, kv_heads, size, types in (
+        (40, 40, 128, (b, f, b)), (64, 8, 128, (b, b, b)), (32, 8, 64, (h, f, h)),
+        (32, 32, 80, (f, f, b)), (8, 1, 256, (b, f, f)), (3, 1, 6, (f, d, d)),
+    ):  # fmt: skip
+        x, table, cache = types
+        each, node = meta(6, dtype=torch.int32), meta(6, 32, dtype=torch.int32)
+        angle = meta(4096, size // 2, dtype=table)
+        k = meta(6, 1024, kv_heads, size, dtype=cache)
+        pages = meta(999, 16, kv_heads, size, dtype=cache)
+        qkv = meta(6, 32, (heads + 2 * kv_heads) * size, dtype=x)
+        name = f"{heads}x{kv_heads}x{size} {x} {table} {cache}"
+        call = partial(rope_cache_write, qkv, angle, angle)
+        cases[f"{name} linear"] = partial(call, k, k, each, each)
+        cases[f"{name} tree"] = partial(call, k, k, each, each, node)
+        cases[f"{name} paged"] = partial(call, pages, pages, each, each, None, node)
+    return cases
+
+
+def _attention(
+    dtype: torch.dtype, batch: int, rows: int, heads: int, kv_heads: int, size: int, form: str
+) -> Callable[[], object]:
+    """form: any of tree, paged, window."""
+    i32 = torch.int32
+    cache = meta(1024, 16, kv_heads, size, dtype=dtype)
+    if "paged" not in form:
+        cache = meta(batch, 8192, kv_heads, size, dtype=dtype)
+    return partial(
+        tree_attention, meta(batch, rows, heads, size, dtype=dtype), cache, cache,
+        meta(batch, dtype=i32), meta(batch, dtype=i32), size**-0.5,
+        meta(batch, rows, dtype=torch.int64) if "tree" in form else None,
+        meta(batch, 512, dtype=i32) if "paged" in form else None,
+        4096 if "window" in form else None,
+    )  # fmt: skip
+
+
+def _tree_attention() -> dict[str, Callable[[], object]]:
+    """13B, Llama-3 8B and 70B, narrow and wide row tiles; every head size, form and dtype."""
+    b, h, f = torch.bfloat16, torch.float16, torch.float32
+    cases = [
+        (b, 1, 1, 40, 40, 128, ""), (b, 8, 64, 40, 40, 128, ""), (b, 1, 16, 32, 8, 128, ""),
+        (b, 8, 1, 64, 8, 128, ""), (b, 1, 64, 64, 8, 128, ""), (b, 1, 16, 32, 8, 128, "paged"),
+        (b, 1, 16, 32, 8, 128, "tree"), (b, 8, 64, 40, 40, 128, "tree paged"),
+        (b, 1, 1, 32, 8, 128, "window"), (b, 1, 64, 32, 8, 128, "tree paged window"),
+        (b, 1, 6, 32, 32, 64, ""), (b, 1, 64, 32, 8, 64, "tree paged window"),
+        (b, 1, 16, 32, 32, 80, "tree"), (b, 1, 64, 32, 32, 96, "paged"),
+        (b, 1, 1, 8, 4, 256, ""), (b, 1, 64, 8, 4, 256, "tree paged window"),
+        (h, 1, 6, 32, 32, 128, ""), (h, 1, 64, 32, 8, 128, "tree paged window"),
+        (f, 1, 6, 32, 32, 128, ""), (f, 1, 64, 32, 8, 128, "tree paged window"),
+        (f, 1, 1, 8, 4, 256, "window"), (f, 1, 16, 6, 2, 64, "tree"),
+    ]  # fmt: skip
+    return {"x".join(map(str, case)): _attention(*case) for case in cases}
+
+
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "exit_draft": _exit_draft(),
     "exit_topk": _exit_topk(),
     "linear": _linear(),
     "rms_norm": _rms_norm(),
     "sample_draft": _sample_draft(),
+    "rollback_kv": _rollback_kv(),
+    "rope_cache_write": _rope_cache_write(),
     "swiglu": _swiglu(),
     "target_law": _target_law(),
+    "tree_attention": _tree_attention(),
     "verify_linear": _verify_linear(),
     "verify_tree": _verify_tree(),
 }

@@ -71,7 +71,8 @@ def test_filters(vocab: int, dtype: torch.dtype) -> None:
     filters = filters_of(vocab)
     if DEVICE == "cpu":  # all of them, over the dtypes
         filters = filters[DTYPES.index(dtype) :: 3] + filters[-2:]
-    check((torch.randn(len(filters), vocab) * 3).to(dtype), filters, unclear=vocab // 1000)
+    # At 0.9999 the rule leaves a choice in both wider rows.
+    check((torch.randn(len(filters), vocab) * 3).to(dtype), filters, unclear=int(vocab > 5))
 
 
 def test_nothing_is_cut_where_nothing_is_filtered() -> None:

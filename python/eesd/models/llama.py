@@ -15,7 +15,6 @@ from eesd.layer import INFERENCE, LayerOps, LayerWeights, decoder_layer
 from eesd.rope import rope_table
 from eesd.weights import WeightFolder
 from eesd_kernels.linear import linear_op
-from eesd_kernels.rms_norm import rms_norm_op
 
 
 class Llama:
@@ -84,7 +83,7 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: `[B, T, H]` to `[B, T, V]`."""
-        return linear_op(rms_norm_op(hidden, self.norm, self.config.rms_eps), self.lm_head, None)
+        return linear_op(hidden, self.lm_head, None, self.norm, self.config.rms_eps)
 
     def new_cache(self, batch: int, capacity: int, *, exit_layers: int) -> KVCache:
         """An empty cache for this backbone."""

@@ -1,0 +1,119 @@
+"""Move the accepted path's K and V, all layers in one launch, and write the new lengths.
+
+A program has one sequence, a slice of its tokens' columns and a run of *planes* (K or V of a
+layer). It stages up to `GROUP` tokens in registers, plane by plane and by rising depth, then stores
+them. Slots overlap, and that order is safe: what one group stores lies below all that later groups
+of the plane load, since the d-th token comes from slot `c + a_d` with `a_d >= d` rising. Bytes are
+copied, so any dtype does. A sequence with nothing to move costs the reading of its path.
+
+The run of planes follows the size of the batch: one at batch 1, where time is latency, and longer
+where there are programs enough. It decides no byte.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eesd_kernels.triton.rows import programmatic
+
+SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
+GROUP = 4  # tokens in registers at once
+PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 8 KiB in flight
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _place(table_ptr, slot, slots, pages, stride_page, stride_slot, PAGE: tl.constexpr):
+    """Where a slot `[GROUP]` of a sequence lies, and whether it lies anywhere."""
+    known = (slot >= 0) & (slot < slots)
+    if PAGE == 0:
+        at = slot.to(tl.int64) * stride_slot
+    else:
+        page = tl.load(table_ptr + slot // PAGE, mask=known, other=-1)
+        known &= (page >= 0) & (page < pages)
+        at = page.to(tl.int64) * stride_page + (slot % PAGE).to(tl.int64) * stride_slot
+    return at, known
+
+
+@triton.jit(do_not_specialize=["planes", "run"])
+def _rollback_kv_kernel(
+    cache_ptr, path_ptr, lengths_ptr, table_ptr, new_ptr, planes, run, nodes, width, slots, pages,
+    columns, stride_layer, stride_kv, stride_page, stride_slot, stride_head, stride_column,
+    D: tl.constexpr, DENSE: tl.constexpr, PAGE: tl.constexpr, NODES: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
+    b = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = tl.load(lengths_ptr + b)
+    depth = tl.arange(0, NODES)
+    path = tl.load(path_ptr + b * nodes + depth, mask=depth < nodes, other=-1)
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(new_ptr + b, length + tl.sum((path >= 0).to(tl.int32), 0))
+    moves = tl.sum((path > depth).to(tl.int32), 0)
+    start = tl.sum((path >= 0).to(tl.int32), 0) - moves  # those before it stand where they belong
+
+    column = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    at = column
+    if not DENSE:
+        at = column // D * stride_head + column % D * stride_column
+    first = tl.program_id(1) * run
+    count = tl.minimum(run, planes - first) * moves
+    if PAGE == 0:
+        cache_ptr += b * stride_page
+    else:
+        table_ptr += b * columns
+    for group in range(0, count, GROUP):
+        turn = group + tl.arange(0, GROUP)
+        plane, to, live = first + turn // moves, start + turn % moves, turn < count
+        node = tl.load(path_ptr + b * nodes + to, mask=live, other=-1)
+        here, is_here = _place(
+            table_ptr, length + node, slots, pages, stride_page, stride_slot, PAGE
+        )
+        there, is_there = _place(
+            table_ptr, length + to, slots, pages, stride_page, stride_slot, PAGE
+        )
+        base = plane.to(tl.int64) // 2 * stride_layer + plane.to(tl.int64) % 2 * stride_kv
+        live &= (node > to) & is_here & is_there
+        mask = live[:, None] & (column < width)[None, :]
+        # [GROUP, SLICE]
+        staged = tl.load(cache_ptr + (base + here)[:, None] + at[None, :], mask=mask, other=0)
+        tl.debug_barrier()  # every thread has loaded before one stores
+        tl.store(cache_ptr + (base + there)[:, None] + at[None, :], staged, mask=mask)
+
+
+def rollback_kv(
+    cache: Tensor,
+    path: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    out: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    layers, two, _, size, heads, head_size = cache.shape
+    batch, nodes = path.shape
+    new = out[0] if out else lengths.new_empty(batch)
+    if not batch:
+        return new
+    planes, width, element = layers * two, heads * head_size, cache.element_size()
+    strides = cache.stride()
+    per_slice = min(triton.next_power_of_2(max(width, 1)), SLICE // element)
+    slices = triton.cdiv(width, per_slice)
+    run = max(1, triton.cdiv(planes * batch * slices, PROGRAMS))
+    page = size if block_table is not None else 0
+    table = block_table.contiguous() if block_table is not None else None
+    columns = table.shape[1] if table is not None else 1
+    pdl = programmatic(cache)
+    _rollback_kv_kernel[(batch, max(1, triton.cdiv(planes, run)), max(1, slices))](
+        cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
+        planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
+        D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
+        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
+        PDL=pdl, num_warps=max(1, per_slice * element // 512),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return new
