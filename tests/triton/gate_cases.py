@@ -10,9 +10,9 @@ from eesd_kernels.triton.exit_draft import exit_draft
 from eesd_kernels.triton.exit_topk import exit_topk
 from eesd_kernels.triton.linear import BY_SHAPE, linear
 from eesd_kernels.triton.rms_norm import rms_norm
-from eesd_kernels.triton.sample_draft import sample_draft
 from eesd_kernels.triton.rollback_kv import rollback_kv
 from eesd_kernels.triton.rope_cache_write import rope_cache_write
+from eesd_kernels.triton.sample_draft import sample_draft
 from eesd_kernels.triton.swiglu import swiglu
 from eesd_kernels.triton.target_law import cutoffs
 from eesd_kernels.triton.tree_attention import tree_attention
