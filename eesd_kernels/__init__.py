@@ -8,6 +8,7 @@ from typing import Any
 
 from eesd_kernels._library import implementations
 from eesd_kernels._version import __version__
+from eesd_kernels.exit_draft import exit_draft
 from eesd_kernels.exit_topk import exit_topk
 from eesd_kernels.laws import Law, Purpose, Rule
 from eesd_kernels.linear import linear
@@ -29,6 +30,7 @@ __all__ = [
     "Purpose",
     "Rule",
     "__version__",
+    "exit_draft",
     "exit_topk",
     "generate",
     "implementations",

@@ -2,7 +2,8 @@
 
 `logits = rms_norm(hidden) W^T`, hidden `[R, H]`, lm_head `[V, H]`; the k largest (descending,
 ties to the lower id) and `logsumexp(logits)`. Bound by reading the weight, `V H` numbers. The
-full `[R, V]` row leaves the op nowhere, and no dense draft distribution exists anywhere.
+full `[R, V]` row leaves the op nowhere, and no dense draft distribution exists anywhere. On CUDA
+one pass over the weight serves up to 64 rows, and a row has the same bits in any batch.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from eesd_kernels import reference
 from eesd_kernels._checks import FLOATING, Checks
 from eesd_kernels._cpu import exit_topk_cpu
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 
 MAX_K = 64
 
@@ -39,8 +40,22 @@ exit_topk_op = register(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.exit_topk,
     cpu=_cpu,
+    cuda=triton_op("exit_topk", reference.exit_topk),
     fake=_fake,
 )
+
+
+def check_exit_topk(
+    check: Checks, hidden: Tensor, lm_head: Tensor, k: int, norm_weight: Tensor | None, eps: float
+) -> None:
+    """The arguments that `exit_topk` and `exit_draft` share."""
+    check.tensor("hidden", hidden, ("R", "H"), FLOATING)
+    mixed = (torch.bfloat16,) if hidden.dtype is torch.float32 else ()
+    check.tensor("lm_head", lm_head, ("V", "H"), (hidden.dtype, *mixed))
+    if norm_weight is not None:
+        check.tensor("norm_weight", norm_weight, ("H",), FLOATING)
+    check.integer("k", k, 1, min(MAX_K, lm_head.shape[0]))
+    check.number("eps", eps, 0.0, 1.0)
 
 
 def exit_topk(
@@ -50,6 +65,7 @@ def exit_topk(
     *,
     norm_weight: Tensor | None = None,
     eps: float = 1e-5,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best early-exit logits of each row.
 
@@ -59,6 +75,7 @@ def exit_topk(
         k: kept candidates, 1 to min(64, V).
         norm_weight: `[H]` weight of the RMSNorm before the head; None: no norm.
         eps: of that norm.
+        out: the three results, contiguous: written and returned, nothing is allocated but scratch.
 
     Returns:
         values float32 `[R, k]` descending, ids int32 `[R, k]` (ties to the lower id),
@@ -68,11 +85,10 @@ def exit_topk(
         TypeError, ValueError: an argument of another shape, dtype, device or range.
     """
     check = Checks("exit_topk")
-    check.tensor("hidden", hidden, ("R", "H"), FLOATING)
-    mixed = (torch.bfloat16,) if hidden.dtype is torch.float32 else ()
-    check.tensor("lm_head", lm_head, ("V", "H"), (hidden.dtype, *mixed))
-    if norm_weight is not None:
-        check.tensor("norm_weight", norm_weight, ("H",), FLOATING)
-    check.integer("k", k, 1, min(MAX_K, lm_head.shape[0]))
-    check.number("eps", eps, 0.0, 1.0)
-    return exit_topk_op(hidden, lm_head, k, norm_weight, eps)
+    check_exit_topk(check, hidden, lm_head, k, norm_weight, eps)
+    arguments = (hidden, lm_head, k, norm_weight, eps)
+    if out is None:
+        return exit_topk_op(*arguments)
+    forms = ((("R", k), torch.float32), (("R", k), torch.int32), (("R",), torch.float32))
+    torch.ops.eesd.exit_topk.out(*arguments, **check.outputs(out, forms))
+    return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from eesd_kernels import reference
 from eesd_kernels._checks import Checks
 from eesd_kernels._cpu import sample_draft_cpu
-from eesd_kernels._library import register
+from eesd_kernels._library import register, triton_op
 from eesd_kernels.exit_topk import MAX_K
 
 
@@ -35,8 +35,31 @@ sample_draft_op = register(
     " Tensor position, Tensor base, Tensor? parent) -> (Tensor, Tensor)",
     reference=reference.sample_draft,
     cpu=sample_draft_cpu,
+    cuda=triton_op("sample_draft", reference.sample_draft),
     fake=_fake,
 )
+
+
+def check_draw(
+    check: Checks,
+    k: int,
+    temperature: Tensor,
+    law: Tensor,
+    n: int,
+    seed: Tensor,
+    position: Tensor,
+    base: Tensor,
+    parent: Tensor | None,
+) -> None:
+    """The arguments that `sample_draft` and `exit_draft` share."""
+    check.tensor("temperature", temperature, ("R",), torch.float32)
+    check.tensor("law", law, ("R",), torch.int32)
+    check.integer("n", n, 1, k)
+    check.tensor("seed", seed, ("R",), torch.int64)
+    check.tensor("position", position, ("R",), torch.int32)
+    check.tensor("base", base, ("R",), torch.int32)
+    if parent is not None:
+        check.tensor("parent", parent, ("R",), torch.int32)
 
 
 def sample_draft(
@@ -50,6 +73,7 @@ def sample_draft(
     base: Tensor,
     *,
     parent: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw n child tokens a row.
 
@@ -60,6 +84,7 @@ def sample_draft(
         n: children a row, 1 to k.
         seed: `[R]` int64. position, base: `[R]` int32, place of the drawn token and round base.
         parent: `[R]` int32, node of the tree whose children these are; None: a linear draft.
+        out: the two results, contiguous: written and returned, nothing is allocated.
 
     Returns:
         child ids int32 `[R, n]` in the order drawn, -1 where the row has no more candidates;
@@ -72,12 +97,10 @@ def sample_draft(
     check.tensor("values", values, ("R", "k"), torch.float32)
     check.integer("k", values.shape[1], 1, MAX_K)
     check.tensor("ids", ids, ("R", "k"), torch.int32)
-    check.tensor("temperature", temperature, ("R",), torch.float32)
-    check.tensor("law", law, ("R",), torch.int32)
-    check.integer("n", n, 1, values.shape[1])
-    check.tensor("seed", seed, ("R",), torch.int64)
-    check.tensor("position", position, ("R",), torch.int32)
-    check.tensor("base", base, ("R",), torch.int32)
-    if parent is not None:
-        check.tensor("parent", parent, ("R",), torch.int32)
-    return sample_draft_op(values, ids, temperature, law, n, seed, position, base, parent)
+    check_draw(check, values.shape[1], temperature, law, n, seed, position, base, parent)
+    arguments = (values, ids, temperature, law, n, seed, position, base, parent)
+    if out is None:
+        return sample_draft_op(*arguments)
+    forms = ((("R", n), torch.int32), (("R", "k"), torch.float32))
+    torch.ops.eesd.sample_draft.out(*arguments, **check.outputs(out, forms))
+    return out

@@ -4,6 +4,7 @@ One file an op, the op's name and signature. A kernel is measured against the fu
 never defines behaviour of its own. `import eesd_kernels.reference` needs torch alone.
 """
 
+from eesd_kernels.reference.exit_draft import exit_draft
 from eesd_kernels.reference.exit_topk import exit_topk
 from eesd_kernels.reference.linear import linear
 from eesd_kernels.reference.philox import philox_words
@@ -22,6 +23,7 @@ from eesd_kernels.reference.verify_linear import verify_linear
 from eesd_kernels.reference.verify_tree import verify_tree
 
 __all__ = [
+    "exit_draft",
     "exit_topk",
     "linear",
     "philox_words",

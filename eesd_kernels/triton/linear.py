@@ -62,6 +62,29 @@ def _weight_rows(tile, outs, SWIGLU: tl.constexpr, BLOCK_O: tl.constexpr):
     return out.to(tl.int64), out
 
 
+@triton.jit
+def product(
+    x_ptrs, w_ptrs, in_rows, in_outs, H, DOT: tl.constexpr, EVEN_O: tl.constexpr,
+    EVEN_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`acc[BLOCK_O, ROWS]`, float32, of the rows of the weight and of x at these pointers."""
+    acc = tl.zeros([BLOCK_O, ROWS], tl.float32)
+    for k in range(0, tl.cdiv(H, BLOCK_H)):
+        at = k * BLOCK_H + tl.arange(0, BLOCK_H)
+        # w [BLOCK_O, BLOCK_H], x [BLOCK_H, ROWS]
+        if EVEN_H:
+            x = tl.load(x_ptrs + at[:, None], mask=in_rows[None, :], other=0.0)
+        else:
+            x = tl.load(x_ptrs + at[:, None], mask=in_rows[None, :] & (at < H)[:, None], other=0.0)
+        if EVEN_H and EVEN_O:
+            w = tl.load(w_ptrs + at[None, :], eviction_policy="evict_first")
+        else:
+            inside = in_outs[:, None] & (at < H)[None, :]
+            w = tl.load(w_ptrs + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["R", "stride_r"])
 def _linear_kernel(
     x_ptr, w_ptr, residual_ptr, out_ptr, R, outs, H, stride_x, stride_w, stride_r,
@@ -77,22 +100,7 @@ def _linear_kernel(
     in_outs = served < outs
     x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_x
     w_ptrs = w_ptr + w_row[:, None] * stride_w
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_O, ROWS], tl.float32)
-    for k in range(0, tl.cdiv(H, BLOCK_H)):
-        at = k * BLOCK_H + tl.arange(0, BLOCK_H)
-        # w [BLOCK_O, BLOCK_H], x [BLOCK_H, ROWS]
-        if EVEN_H:
-            x = tl.load(x_ptrs + at[:, None], mask=in_rows[None, :], other=0.0)
-        else:
-            x = tl.load(x_ptrs + at[:, None], mask=in_rows[None, :] & (at < H)[:, None], other=0.0)
-        if EVEN_H and EVEN_O:
-            w = tl.load(w_ptrs + at[None, :], eviction_policy="evict_first")
-        else:
-            inside = in_outs[:, None] & (at < H)[None, :]
-            w = tl.load(w_ptrs + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+    acc = product(x_ptrs, w_ptrs, in_rows, in_outs, H, DOT, EVEN_O, EVEN_H, BLOCK_O, BLOCK_H, ROWS)
     if PDL:  # no sooner: programs that wait would take the place of those that read
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -16,34 +16,46 @@ BLOCK = 16_384
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+def norm_row(x_ptr, weight_ptr, out_ptr, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row, at `x_ptr`, to `out_ptr`."""
     at = tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if WHOLE:  # [BLOCK], in registers throughout
         inside = at < size
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-        tl.store(out_ptr + row * size + at, x * rstd * weight, mask=inside)
+        tl.store(out_ptr + at, x * rstd * weight, mask=inside)
     else:
         squares = tl.zeros([BLOCK], tl.float32)
         for first in range(0, size, BLOCK):
             cols = first + at
-            x = tl.load(x_ptr + row * stride + cols, mask=cols < size, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
             squares += x * x
         rstd = tl.rsqrt(tl.sum(squares, 0) / size + eps)
         for first in range(0, size, BLOCK):
             cols = first + at
             inside = cols < size
             weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + row * size + cols, x * rstd * weight, mask=inside)
+            x = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + cols, x * rstd * weight, mask=inside)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    norm_row(x_ptr + row * stride, weight_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
+
+
+def tile_of(size: int) -> tuple[int, int]:
+    """Numbers of a row held at once, and the warps for them."""
+    block = min(BLOCK, triton.next_power_of_2(size))
+    return block, max(1, min(16, block // 512))
 
 
 def rms_norm(
@@ -56,10 +68,10 @@ def rms_norm(
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if y.numel():
-        block, pdl = min(BLOCK, triton.next_power_of_2(size)), programmatic(x)
+        (block, warps), pdl = tile_of(size), programmatic(x)
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight.contiguous(), y, rows.stride(0), size, eps,
-            WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=max(1, min(16, block // 512)),
+            WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=warps,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return y

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from eesd_kernels.triton import rows
 from eesd_kernels.triton.levels import above_zero, at_level
-from eesd_kernels.triton.random import accept_uniform, words_of, words_of_ids
+from eesd_kernels.triton.nodes import chosen_of, depths, next_child, weigh
+from eesd_kernels.triton.random import accept_uniform, words_of
 from eesd_kernels.triton.rows import (
     ARRIVED,
     DEPTH,
@@ -34,53 +35,16 @@ from eesd_kernels.triton.splits import (
     COUPLED,
     DETERMINISTIC,
     NO_ID,
-    TARGET,
     exponent,
-    key_of,
     mass_of,
     merge,
     merge_races,
     pick,
-    winner,
 )
 from eesd_kernels.triton.target_law import cutoffs
 
 ACCEPT = tl.constexpr(3)  # the purpose of a test's noise
 MOST_NODES = 64  # more are left to the reference
-
-
-@triton.jit
-def _of(values, chosen, none):
-    """Of each row of a tile the chosen one of `values`, along the tile's columns; or `none`."""
-    return tl.max(tl.where(chosen, values[None, :], none), 1)
-
-
-@triton.jit
-def _next_child(parent, node, after, NODES: tl.constexpr):
-    """Each node's first child behind `after`, NODES where there is none."""
-    theirs = (parent[None, :] == node[:, None]) & (node[None, :] > after[:, None])
-    return tl.min(tl.where(theirs, node[None, :], NODES), 1)
-
-
-@triton.jit
-def _depths(parent_ptr, parent):
-    """Steps from the root; a parent of -1 is none."""
-    depth, up = (parent >= 0).to(tl.int32), parent
-    while tl.max(up, 0) > 0:
-        above = tl.load(parent_ptr + up, mask=up > 0, other=-1)
-        up = tl.where(above < up, above, -1)
-        depth += (up >= 0).to(tl.int32)
-    return depth
-
-
-@triton.jit
-def _weigh(ids, r, p, place, base, seed):
-    """The best key of an id by what is left of p, its id, and the winner by p itself."""
-    word = words_of_ids(tl.where(ids >= 0, ids, 0), place, base, TARGET, seed)
-    listed = tl.where(ids >= 0, ids, NO_ID)
-    key, who = winner(key_of(word, tl.where(ids >= 0, r, 0.0)), listed, 0)
-    _, rest = winner(key_of(word, tl.where(ids >= 0, p, 0.0)), listed, 0)
-    return key, who, rest
 
 
 @triton.jit
@@ -115,11 +79,11 @@ def _walk_kernel(
     if cutoff_ptr is not None:
         at = cutoff_ptr + b * nodes + parent
         x_t = tl.where(x_t < tl.load(at, mask=known, other=0.0), float("-inf"), x_t)
-    depth = _depths(parent_ptr + b * nodes, parent)
+    depth = depths(parent_ptr + b * nodes, parent)
     twin = (parent[:, None] == parent[None, :]) & (t[:, None] == t[None, :])
     twin = twin & (node[None, :] < node[:, None])
     fresh = known & (tl.max(twin.to(tl.int32), 1) == 0)
-    first = _next_child(parent, node, node, NODES)
+    first = next_child(parent, node, node, NODES)
     if SPARSE:  # [NODES, WIDTH]: the laws' ids, weights and target logits
         col = tl.arange(0, WIDTH)
         at = (b * nodes + node)[:, None] * k + col[None, :]
@@ -161,7 +125,7 @@ def _walk_kernel(
         same = (parent[None, :] == node[:, None]) & (t[None, :] == token[:, None])
         onward = tl.min(tl.where(same & known[None, :], node[None, :], NODES), 1)
     else:
-        p_t = mass_of(x_t, _of(top, node[None, :] == parent[:, None], float("-inf")), c)
+        p_t = mass_of(x_t, chosen_of(top, node[None, :] == parent[:, None], float("-inf")), c)
         p_t = tl.where(fresh, p_t, -1.0).to(tl.float32)
         child, sibling = first, 0
         while tl.min(child, 0) < NODES:
@@ -172,11 +136,11 @@ def _walk_kernel(
             u = accept_uniform(word).to(tl.float64)
             stands = child < 0
             if fixed:
-                r_c = _of(p_t, here, -1.0).to(tl.float64)
+                r_c = chosen_of(p_t, here, -1.0).to(tl.float64)
                 stands = u * s < r_c
                 s = tl.where(r_c > 0, above_zero(s - r_c), s)
             elif SPARSE:
-                t_c = _of(tl.where(fresh, t, -2), here, -2)
+                t_c = chosen_of(tl.where(fresh, t, -2), here, -2)
                 place = tl.min(tl.where(ids == t_c[:, None], col[None, :], WIDTH), 1)
                 drawn = (place < WIDTH) & (w_all != 0)
                 s = tl.sum(r, 1) + outside
@@ -190,7 +154,7 @@ def _walk_kernel(
                 w = tl.where(at_place & fell[:, None], 0.0, w)
                 w_all = tl.sum(w.to(tl.float64), 1)
             onward = tl.where(stands, child, onward)
-            child = tl.where(onward < NODES, NODES, _next_child(parent, node, child, NODES))
+            child = tl.where(onward < NODES, NODES, next_child(parent, node, child, NODES))
             sibling += 1
     onward = tl.where(bad, NODES, onward)
 
@@ -215,7 +179,7 @@ def _walk_kernel(
         if fixed:  # its children, of which nothing is left
             theirs = tl.where((parent == last) & known, t, -1)
             p_c = mass_of(x_t, top_m, c)
-            inside_key, inside_id, rest_id = _weigh(theirs, p_c * 0.0, p_c, place, base, seed)
+            inside_key, inside_id, rest_id = weigh(theirs, p_c * 0.0, p_c, place, base, seed)
             if not FOLD:
                 tl.store(excluded_ptr + b * count + node, theirs, mask=node < nodes)
         elif SPARSE:
@@ -229,7 +193,7 @@ def _walk_kernel(
             left = tl.sum(tl.where(ids_m >= 0, r_m, 0.0), 0)
             # NaN: a draft law without sense takes nothing.
             r_m = tl.where(left == left, r_m, p_m)
-            inside_key, inside_id, rest_id = _weigh(ids_m, r_m, p_m, place, base, seed)
+            inside_key, inside_id, rest_id = weigh(ids_m, r_m, p_m, place, base, seed)
             if not FOLD:
                 tl.store(excluded_ptr + b * count + col, ids_m, mask=col < k)
     if FOLD:
@@ -250,8 +214,8 @@ def _walk_kernel(
 
     nothing = failed | (number == 0)
     walked = walked & (nothing == 0)
-    path = _of(node, walked[None, :] & (depth[None, :] == node[:, None]), -1)
-    tokens = _of(t, walked[None, :] & (depth[None, :] == node[:, None] + 1), -1)
+    path = chosen_of(node, walked[None, :] & (depth[None, :] == node[:, None]), -1)
+    tokens = chosen_of(t, walked[None, :] & (depth[None, :] == node[:, None] + 1), -1)
     tokens = tl.where((node == m) & (nothing == 0), next_token, tokens)
     at = b * nodes + node
     tl.store(path_ptr + at, path, mask=node < nodes)

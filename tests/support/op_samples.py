@@ -71,6 +71,12 @@ def sample_draft() -> dict[str, Any]:
     }
 
 
+def exit_draft() -> dict[str, Any]:
+    draft = sample_draft()
+    del draft["values"], draft["ids"]
+    return {**exit_topk(), **draft}
+
+
 def verify_linear() -> dict[str, Any]:
     batch, drafts, k, vocab = 4, 3, 5, 101
     logits = torch.randn(batch, drafts + 1, vocab)
@@ -196,6 +202,7 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         rollback_kv,
         exit_topk,
         sample_draft,
+        exit_draft,
         verify_linear,
         verify_tree,
         sample_beta,

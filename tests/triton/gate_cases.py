@@ -6,10 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eesd_kernels.triton.exit_draft import exit_draft
+from eesd_kernels.triton.exit_topk import exit_topk
 from eesd_kernels.triton.linear import BY_SHAPE, linear
 from eesd_kernels.triton.rms_norm import rms_norm
 from eesd_kernels.triton.rollback_kv import rollback_kv
 from eesd_kernels.triton.rope_cache_write import rope_cache_write
+from eesd_kernels.triton.sample_draft import sample_draft
 from eesd_kernels.triton.swiglu import swiglu
 from eesd_kernels.triton.target_law import cutoffs
 from eesd_kernels.triton.tree_attention import tree_attention
@@ -137,6 +140,56 @@ def _verify_tree() -> dict[str, Callable[[], object]]:
     return {"x".join(map(str, case)): _tree(*case) for case in cases}
 
 
+def _exit_topk() -> dict[str, Callable[[], object]]:
+    """Narrow and wide row tiles, both ways to merge, a head that nothing divides, no norm."""
+    b, h, f = torch.bfloat16, torch.float16, torch.float32
+    cases = [
+        *((rows, 32_000, 4096, 8, b, b, True) for rows in (1, 20, 200)),
+        *((rows, 32_000, 8192, 64, b, b, True) for rows in (1, 20, 200)),
+        (1, 151_936, 5120, 8, b, b, True), (64, 128_256, 8192, 64, b, b, False),
+        (1, 300_000, 512, 8, b, b, True), (3, 32_003, 1000, 1, h, h, True),
+        (64, 32_003, 1001, 20, b, b, True), (64, 32_003, 1000, 8, f, f, True),
+        (1, 1000, 20_000, 8, f, b, True),
+    ]  # fmt: skip
+    return {
+        f"{rows}x{vocab}x{size} k {k} {x} {head} {'norm' if norm else ''}": partial(
+            exit_topk, meta(rows, size, dtype=x), meta(vocab, size, dtype=head), k,
+            meta(size, dtype=x) if norm else None, 1e-5,
+        )
+        for rows, vocab, size, k, x, head, norm in cases
+    }  # fmt: skip
+
+
+def _draw(rows: int, tree: bool) -> list[Tensor | None]:
+    """seed, position, base, parent."""
+    i32 = torch.int32
+    position = meta(rows, dtype=i32)
+    return [meta(rows, dtype=torch.int64), position, position, position if tree else None]
+
+
+def _sample_draft() -> dict[str, Callable[[], object]]:
+    f32, i32 = torch.float32, torch.int32
+    return {
+        f"{k} {tree}": partial(
+            sample_draft, meta(6, k, dtype=f32), meta(6, k, dtype=i32), meta(6, dtype=f32),
+            meta(6, dtype=i32), min(k, 4), *_draw(6, tree),
+        )
+        for k in (1, 5, 8, 64)
+        for tree in (False, True)
+    }  # fmt: skip
+
+
+def _exit_draft() -> dict[str, Callable[[], object]]:
+    cases = [(1, 32_000, 8, False), (64, 128_256, 64, True), (3, 151_936, 5, True)]
+    return {
+        f"{rows} {vocab} {k} {tree}": partial(
+            exit_draft, meta(rows, 4096), meta(vocab, 4096), k, meta(4096), 1e-5,
+            meta(rows, dtype=torch.float32), meta(rows, dtype=torch.int32), 2, *_draw(rows, tree),
+        )
+        for rows, vocab, k, tree in cases
+    }  # fmt: skip
+
+
 def _rollback_kv() -> dict[str, Callable[[], object]]:
     """13B, 70B and an awkward shape; contiguous, pages of 16, pages with the heads outermost."""
     cases = {}
@@ -216,8 +269,11 @@ def _tree_attention() -> dict[str, Callable[[], object]]:
 
 
 CASES: dict[str, dict[str, Callable[[], object]]] = {
+    "exit_draft": _exit_draft(),
+    "exit_topk": _exit_topk(),
     "linear": _linear(),
     "rms_norm": _rms_norm(),
+    "sample_draft": _sample_draft(),
     "rollback_kv": _rollback_kv(),
     "rope_cache_write": _rope_cache_write(),
     "swiglu": _swiglu(),
