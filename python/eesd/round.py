@@ -23,19 +23,9 @@ from eesd.exit_head import ExitHead
 from eesd.models import Llama
 from eesd.processors import Processors
 from eesd.sampling import Sampling
-from eesd_kernels.exit_topk import exit_topk_op
+from eesd_kernels.exit_draft import exit_draft_op
 from eesd_kernels.sample_draft import sample_draft_op
 from eesd_kernels.verify_linear import verify_linear_op
-
-try:
-    from eesd_kernels.exit_draft import exit_draft_op
-except ImportError:  # until the fused op is there
-
-    def exit_draft_op(hidden, lm_head, k, norm_weight, eps, temperature, law, n, *noise):  # type: ignore
-        values, ids, logsumexp = exit_topk_op(hidden, lm_head, k, norm_weight, eps)
-        drawn = sample_draft_op(values, ids, temperature, law, n, *noise)
-        return values, ids, logsumexp, *drawn
-
 
 PREFILL_CHUNK = 256
 """Rows a prefill step. A constant, so that a prompt is prefilled alike in every batch."""
