@@ -18,8 +18,8 @@ from torch import Tensor
 from eesd_kernels.triton.rows import programmatic
 
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
-GROUP = 4  # tokens in registers at once
-PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 8 KiB in flight
+GROUP = 8  # tokens in registers at once
+PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
