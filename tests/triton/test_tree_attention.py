@@ -185,20 +185,20 @@ def test_windows(tree: bool, window: int) -> None:
 def test_a_row_has_the_same_bits_alone_in_a_block_and_anywhere_in_a_batch(
     window: int | None,
 ) -> None:
-    given = block(LENGTHS, 5, 2, 1, window=window)
+    given = block([70, 30, 31, 0], 4, 2, 1, window=window)
     got = run(given)
     assert_rows_alone(given, got)
-    order = torch.randperm(len(LENGTHS), device=DEVICE)
+    order = i32([2, 3, 1, 0]).long()
     each = ("q", "k_cache", "v_cache", "lengths", "num_rows")
     assert torch.equal(run({**given, **{k: given[k][order] for k in each}}), got[order])
-    fewer = {"q": given["q"][:, :3], "num_rows": given["num_rows"] - 2}
+    fewer = {"q": given["q"][:, :3], "num_rows": given["num_rows"] - 1}
     assert torch.equal(run({**given, **fewer}), got[:, :3])
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_node_has_the_bits_of_its_path_as_a_line(window: int | None) -> None:
     """Around the ends of chunks and tiles too, where slots and positions fall apart."""
-    given = block([70, 31, 30, 13], 9, 2, 1, tree=True, window=window)
+    given = block([70, 31, 30, 13], 9, 1, 1, tree=True, window=window)
     got = run(given)
     for b in range(len(got)):
         node = max(range(5, 9), key=lambda i: len(path_of(given, b, i)))
@@ -311,7 +311,7 @@ def test_a_key_that_no_row_weighs() -> None:
 
 
 def test_lengths_that_the_cache_does_not_hold_stay_within_it() -> None:
-    given = block([30, 20, 10, 5, 8], 5, 2, 1, tree=True)
+    given = block([30, 20, 10, 5, 8], 5, 1, 1, tree=True)
     want = run(given)
     given["lengths"].copy_(i32([2**31 - 1, 20, -7, 5, 8]))
     given["num_rows"].copy_(i32([5, 99, 5, -1, 5]))
