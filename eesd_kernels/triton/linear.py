@@ -100,6 +100,8 @@ def _linear_kernel(
     in_outs = served < outs
     x_ptrs = x_ptr + row.to(tl.int64)[None, :] * stride_x
     w_ptrs = w_ptr + w_row[:, None] * stride_w
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     acc = product(x_ptrs, w_ptrs, in_rows, in_outs, H, DOT, EVEN_O, EVEN_H, BLOCK_O, BLOCK_H, ROWS)
     if PDL:  # no sooner: programs that wait would take the place of those that read
         tl.extra.cuda.gdc_launch_dependents()
