@@ -17,7 +17,7 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc -ty
 HAS = $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("$(1)") is None)'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test lint types unit wheel sanitize format bench check-results clean distclean
+.PHONY: help install demo test lint types unit wheel sanitize sanitize-gpu format bench check-results clean distclean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -56,6 +56,9 @@ wheel: $(INSTALLED) ## build the wheel and try it away from the source
 
 sanitize: $(INSTALLED) ## C++ and its binding under AddressSanitizer and UBSan
 	.ci/sanitize $(VENV)
+
+sanitize-gpu: $(INSTALLED) ## every CUDA and Triton kernel at its smallest under compute-sanitizer
+	.ci/sanitize-gpu $(BIN)/python
 
 format: $(INSTALLED) ## let ruff rewrite
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

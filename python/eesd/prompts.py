@@ -26,7 +26,11 @@ def check_prompts(
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
             got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else "no tensor"
             raise ValueError(f"attention_mask: expected shape {[batch, width]}, got {got}")
-        mask = attention_mask.to(input_ids.device) != 0
+        mask = attention_mask.to(input_ids.device)
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(f"attention_mask: expected zeros and ones, got {wrong[0].item()}")
+        mask = mask != 0
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
             raise ValueError(
                 "attention_mask: expected left padding (zeros, then ones) in each row; "

@@ -65,6 +65,14 @@ def test_law(alpha, beta):
     assert out.min() >= SMALLEST
     assert out.max() <= LARGEST
     assert ks_pvalue(out, alpha, beta) > 1e-4  # 49 fixed cases; a wrong law gives 0
+    from scipy import stats
+
+    law = stats.beta(float(np.float32(alpha)), float(np.float32(beta)))
+    variance, kurtosis = (float(x) for x in law.stats("vk"))
+    sample, n = out.astype(np.float64), len(out)
+    assert abs(sample.mean() - law.mean()) < 4 * np.sqrt(variance / n)
+    # of a variance: its fourth central moment is (kurtosis + 3) variance^2
+    assert abs(sample.var() - variance) < 4 * variance * np.sqrt((kurtosis + 2) / n)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(2, 5), (0.5, 0.5), (50, 50), (1e4, 1e4)])

@@ -413,7 +413,8 @@ BAD_IDS = st.sampled_from(
 BAD_MASKS = st.sampled_from(
     [
         [[1]], "mask", torch.ones(9, 9), torch.ones(1), torch.tensor(1),
-        lambda ids: torch.zeros_like(ids),
+        lambda ids: torch.zeros_like(ids), lambda ids: torch.full_like(ids, 2),
+        lambda ids: torch.full(ids.shape, 0.5), lambda ids: torch.full(ids.shape, math.nan),
         lambda ids: torch.cat((torch.ones_like(ids), torch.zeros_like(ids)), 1),
     ]
 )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Every op once on a GPU at its smallest, for compute-sanitizer:
+
+`compute-sanitizer --tool memcheck python tests/gpu/every_op.py`, and `racecheck`, `initcheck`. Set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own. Op names as
+arguments run these alone.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from op_samples import SAMPLES
+from pages import pages_of
+
+import eesd_kernels as ek
+from eesd_kernels.triton import rows
+
+NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache", "cache", "hidden",
+          "lm_head", "target_logits"}  # fmt: skip
+
+
+def cases(name: str) -> Iterator[dict[str, Any]]:
+    """The op's sample, in bfloat16 where it takes it, and forms that run other code."""
+    sample = SAMPLES[name]()
+    yield sample
+    narrow = {k: v.bfloat16() if k in NARROW else v for k, v in sample.items()}
+    if any(k in NARROW for k in sample):
+        yield narrow
+    if name == "linear":
+        x, weight, norm = torch.randn(70, 256), torch.randn(200, 256), torch.rand(256)
+        for outs in (1, 70):
+            yield {"x": x[:outs].bfloat16(), "weight": weight.bfloat16(), "swiglu": True}
+            yield {"x": x[:outs].half(), "weight": weight.half(), "norm_weight": norm.half()}
+    elif name == "exit_topk":
+        hidden, head = torch.randn(64, 256).bfloat16(), torch.randn(1003, 256).bfloat16()
+        for k, count in ((8, 1), (8, 64), (64, 3)):
+            yield {"hidden": hidden[:count], "lm_head": head, "k": k}
+    elif name == "tree_attention":
+        cache = torch.randn(2, 700, 2, 64).bfloat16()
+        lengths = torch.tensor([600, 255], dtype=torch.int32)
+        long = {"k_cache": cache, "v_cache": cache.flip(1), "lengths": lengths,
+                "num_rows": torch.tensor([7, 5], dtype=torch.int32)}  # fmt: skip
+        q, tree = torch.randn(2, 7, 8, 64).bfloat16(), torch.tensor([[1, 3, 5, 11, 19, 37, 69]] * 2)
+        pages, table = pages_of(torch.stack((cache, cache.flip(1)))[None], 16)
+        paged = {**long, "k_cache": pages[0, 0], "v_cache": pages[0, 1], "block_table": table}
+        yield {"q": q, **long}
+        yield {"q": q, **long, "ancestry": tree, "window": 200}
+        yield {"q": q, **paged, "ancestry": tree}
+        yield {**narrow, "window": 3}
+    elif name == "rollback_kv":
+        pages, table = pages_of(sample["cache"], 4)
+        yield {**sample, "cache": pages, "block_table": table}
+    elif name in ("verify_linear", "verify_tree"):
+        yield {**narrow, "q_ids": None, "q_probs": None}
+        vocab, probs = sample["target_logits"].shape[2], sample["q_probs"]
+        if name == "verify_linear":
+            yield {**narrow, "q_ids": None, "q_probs": torch.rand(*probs.shape[:2], vocab)}
+
+
+def main(names: list[str]) -> None:
+    """Run them; says how many calls it made."""
+    calls = 0
+    for name in names or sorted(SAMPLES):
+        torch.manual_seed(0)
+        for given in cases(name):
+            for apart in (False, True) if name.startswith("verify") else (False,):
+                rows.SPLIT = 64
+                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if apart else (1 << 20, 1056)
+                there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
+                getattr(ek, name)(**there)
+                torch.cuda.synchronize()
+                calls += 1
+    print(f"{calls} calls of {len(names or SAMPLES)} ops")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
