@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton.keys import best_keys, id_of, ordered, pack, value_of
-from eesd_kernels.triton.linear import _machine, product
+from eesd_kernels.triton.launch import architecture, overlap, shared_memory
+from eesd_kernels.triton.linear import product
 from eesd_kernels.triton.rms_norm import norm_row, tile_of
-from eesd_kernels.triton.rows import programmatic
 from eesd_kernels.triton.sample_draft import draw, log2_up
 from eesd_kernels.triton.splits import NO_ID, from_l2
 
@@ -330,10 +330,8 @@ def launch(
     groups = triton.cdiv(vocab, config.group)
     # The interpreter's product of bfloat16 is wrong; on a GPU float32 is for float32 alone.
     single = not halves or device.type == "cpu"
-    memory, arch = _machine(device)
     stage = config.block_h * (config.block_v * width + row_tile * x.element_size())
-    pdl = config.pdl and programmatic(x)
-    overlap = {"launch_pdl": True} if pdl else {}
+    pdl = overlap(x, config.pdl)
 
     block, warps = tile_of(size)
     normed = None if norm_weight is None else x.new_empty(rows, size)
@@ -342,8 +340,8 @@ def launch(
     lists = torch.empty(rows, 1 << log_k, groups, dtype=torch.int64, device=device)
     _prepare_kernel[(rows,)](
         x, None if norm_weight is None else norm_weight.contiguous(), normed, seats, x.stride(0),
-        size, eps, K=1 << log_k, WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=warps,
-        **(overlap if config.head else {}),
+        size, eps, K=1 << log_k, WHOLE=size <= block, BLOCK=block, num_warps=warps,
+        **(pdl if config.head else {"PDL": pdl["PDL"]}),
     )  # fmt: skip
     x = x if normed is None else normed
     _scan_kernel[(triton.cdiv(rows, row_tile), triton.cdiv(vocab, config.block_v))](
@@ -353,21 +351,21 @@ def launch(
         EVEN_V=vocab % config.block_v == 0, EVEN_H=size % config.block_h == 0,
         BLOCK_V=config.block_v, BLOCK_H=config.block_h, ROWS=row_tile, GROUP=config.group,
         K=1 << log_k, FLOOR=config.floor, REFRESH=config.refresh,
-        AHEAD=min(config.ahead, size) * width if aligned else 0, PDL=pdl, EARLY=config.early,
+        AHEAD=min(config.ahead, size) * width if aligned else 0, EARLY=config.early,
         num_warps=config.warps,
         # Else ptxas spills a word on sm_100 to fit a program more, for which no memory is left.
-        maxnreg=255 if arch >= 100 and not single else None,
-        num_stages=max(1, min(config.stages, (memory - 4096) // stage)), **overlap,
+        maxnreg=255 if architecture(device) >= 100 and not single else None,
+        num_stages=max(1, min(config.stages, (shared_memory(device) - 4096) // stage)), **pdl,
     )  # fmt: skip
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
     log_g = max(log2_up(min(groups, MOST_GROUPS)), log_k)
     rounds = log_k <= config.rounds and groups <= MOST_GROUPS
     _merge_kernel[(rows,)](
         stats, lists, *out[:3], groups, k, n, *drawn,
-        LOG_G=log_g, LOG_K=log_k, ROUNDS=rounds, DRAW=bool(draft), PDL=pdl,
+        LOG_G=log_g, LOG_K=log_k, ROUNDS=rounds, DRAW=bool(draft),
         num_warps=config.merge_warps or max(1 if rounds else 4, min(8, (1 << log_g) // 512)),
         maxnreg=None if rounds or device.type == "cpu" else 255,  # else ptxas spills a word
-        **overlap,
+        **pdl,
     )  # fmt: skip
     return True
 

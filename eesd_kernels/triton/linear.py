@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eesd_kernels.triton.launch import architecture, overlap, shared_memory
 from eesd_kernels.triton.rms_norm import rms_norm
-from eesd_kernels.triton.rows import programmatic
 
 ROW_TILES = (16, 32, 64)
 GROUP = tl.constexpr(8)  # a thread of m16n8k16 and of wgmma holds rows r and r + 8
@@ -125,18 +125,6 @@ def config_of(rows: int, columns: int, halves: bool, aligned: bool) -> Config:
     return BY_SHAPE.get((rows, columns), HALVES) if halves and aligned else OTHERS
 
 
-@lru_cache(maxsize=64)
-def _machine(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory that a program may have, and the architecture: 90 is sm_90."""
-    if device.type == "cpu":  # the interpreter
-        return 227 * 1024, 90
-    driver = triton.runtime.driver.active
-    arch = driver.get_current_target().arch
-    if device.type != "cuda":
-        return 227 * 1024, arch
-    return driver.utils.get_device_properties(device.index)["max_shared_mem"], arch
-
-
 def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -156,7 +144,6 @@ def linear(
     """`config` and `row_tile` are for measuring; left out, the shapes decide."""
     if x.dtype is torch.float64 or not x.shape[-1]:
         return None
-    memory, arch = _machine(x.device)
     if norm_weight is not None:
         normed = rms_norm(x, norm_weight, eps)
         if normed is None:  # a weight in float64
@@ -178,7 +165,6 @@ def linear(
     per_tile = config.block_o // 2 if swiglu else config.block_o
     # The interpreter's product of bfloat16 is wrong; on a GPU float32 is for float32 alone.
     single = x.dtype is torch.float32 or x.device.type == "cpu"
-    pdl = programmatic(x)
     stage = config.block_h * (config.block_o * size + row_tile * x.element_size())
     arguments = (
         flat, weight, residual, y, rows, outs, columns, flat.stride(0), weight.stride(0),
@@ -195,10 +181,9 @@ def linear(
         "ROWS": row_tile,
         "num_warps": config.warps,
         # Else ptxas spills a word on sm_100 to fit a program more, for which no memory is left.
-        "maxnreg": 255 if arch >= 100 and not single else None,
-        "num_stages": max(1, min(config.stages, (memory - 4096) // stage)),
-        "PDL": pdl,
-        **({"launch_pdl": True} if pdl else {}),
+        "maxnreg": 255 if architecture(x.device) >= 100 and not single else None,
+        "num_stages": max(1, min(config.stages, (shared_memory(x.device) - 4096) // stage)),
+        **overlap(x),
     }
     grid = triton.cdiv(rows, row_tile), triton.cdiv(outs, per_tile)
     _linear_kernel[grid](*arguments, **constants)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.rows import programmatic
+from eesd_kernels.triton.launch import overlap
 
 BLOCK = 16_384
 
@@ -68,10 +68,9 @@ def rms_norm(
     rows = x.reshape(-1, size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if y.numel():
-        (block, warps), pdl = tile_of(size), programmatic(x)
+        block, warps = tile_of(size)
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight.contiguous(), y, rows.stride(0), size, eps,
-            WHOLE=size <= block, BLOCK=block, PDL=pdl, num_warps=warps,
-            **({"launch_pdl": True} if pdl else {}),
+            WHOLE=size <= block, BLOCK=block, num_warps=warps, **overlap(x),
         )  # fmt: skip
     return y

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.rows import programmatic
+from eesd_kernels.triton.launch import overlap
 
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
 GROUP = 8  # tokens in registers at once
@@ -107,13 +107,11 @@ def rollback_kv(
     page = size if block_table is not None else 0
     table = block_table.contiguous() if block_table is not None else None
     columns = table.shape[1] if table is not None else 1
-    pdl = programmatic(cache)
     _rollback_kv_kernel[(batch, max(1, triton.cdiv(planes, run)), max(1, slices))](
         cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
         PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
-        PDL=pdl, num_warps=max(1, per_slice * element // 512),
-        **({"launch_pdl": True} if pdl else {}),
+        num_warps=max(1, per_slice * element // 512), **overlap(cache),
     )  # fmt: skip
     return new

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.rows import programmatic
+from eesd_kernels.triton.launch import overlap
 
 PAIRS = 512  # of numbers that a program rotates
 
@@ -110,7 +110,7 @@ def rope_cache_write(
     table = block_table.contiguous() if block_table is not None else None
     columns = table.shape[1] if table is not None else 1
     half = triton.next_power_of_2(head_size // 2)
-    per_group, pdl = max(1, PAIRS // half), programmatic(qkv)
+    per_group = max(1, PAIRS // half)
     groups = triton.cdiv(heads, per_group) + 2 * triton.cdiv(kv_heads, per_group)
     _rope_cache_write_kernel[(batch * rows, groups)](
         x, cos.contiguous(), sin.contiguous(), k_cache, v_cache, lengths.contiguous(),
@@ -119,6 +119,6 @@ def rope_cache_write(
         x.stride(0), x.stride(1), *k_cache.stride(), *v_cache.stride(),
         D=head_size, PAGE=size if paged else 0, HEADS=per_group, HALF=half,
         num_warps=max(1, min(4, per_group * half * x.element_size() // 512)),
-        PDL=pdl, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        enable_fp_fusion=False, **overlap(qkv),
     )  # fmt: skip
     return q

@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.driver import driver
 
+from eesd_kernels.triton.launch import overlap
 from eesd_kernels.triton.random import race_noise, words_of_block
 from eesd_kernels.triton.splits import (
     COUPLED,
@@ -190,14 +190,6 @@ def folds(logits: Tensor) -> bool:
     return logits.numel() < FOLD_BELOW
 
 
-def programmatic(tensor: Tensor) -> bool:
-    """Whether a launch may overlap the end of the one before it: from Hopper on."""
-    if tensor.device.type == "cpu":  # the interpreter
-        return False
-    arch = driver.active.get_current_target().arch
-    return isinstance(arch, int) and arch >= 90
-
-
 def new_partial(logits: Tensor) -> Tensor:
     """Room for what `statistics` writes."""
     batch, rows, vocab = logits.shape
@@ -237,14 +229,12 @@ def statistics(
     splits = partial.shape[3]
     children = child_ids.shape[1] if child_ids is not None else 1
     q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
-    pdl = programmatic(logits)
     programs = max(1, min(splits, PROGRAMS // (batch * rows)))
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
         BONUS=bonus, FOLD=fold, BLOCK=SPLIT, CHILDREN=triton.next_power_of_2(children),
-        WIDTH=triton.next_power_of_2(k), PDL=pdl, num_warps=WARPS,
-        **({"launch_pdl": True} if pdl else {}),
+        WIDTH=triton.next_power_of_2(k), num_warps=WARPS, **overlap(logits),
     )  # fmt: skip
 
 
@@ -273,11 +263,9 @@ def race(
     batch, rows, vocab = logits.shape
     splits, count = partial.shape[3], excluded.shape[1]
     candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
-    pdl = programmatic(logits)
     _race_kernel[(batch, splits)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
         partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
         count, BLOCK=SPLIT, SPLITS=triton.next_power_of_2(splits),
-        COUNT=triton.next_power_of_2(count), PDL=pdl, num_warps=WARPS,
-        **({"launch_pdl": True} if pdl else {}),
+        COUNT=triton.next_power_of_2(count), num_warps=WARPS, **overlap(logits),
     )  # fmt: skip

@@ -34,6 +34,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from eesd_kernels.triton.launch import architecture, overlap
+
 NODES = tl.constexpr(64)  # of a tree at most: bits of an ancestry mask
 FEWEST_SLOTS = 8  # programs over the context of a row tile, in large batches too: lengths differ
 COMBINED = 4096  # numbers in flight in a program of the second kernel
@@ -251,14 +253,6 @@ def tiles_of(kv_heads: int, head_size: int, dtype: torch.dtype, arch: int) -> Ti
     return Tiles(256, 32, 32, 4, 4, 512) if head_size <= 128 else Tiles(256, 32, 32, 8, 3, 512)
 
 
-@lru_cache(maxsize=64)
-def _arch(device: torch.device) -> int:
-    """90 for Hopper; 0 in the interpreter."""
-    if device.type == "cpu":
-        return 0
-    return int(triton.runtime.driver.active.get_current_target().arch)
-
-
 def _launch(
     q: Tensor,
     k_cache: Tensor,
@@ -286,15 +280,14 @@ def _launch(
     tops = torch.empty(batch, rows, heads, chunks, dtype=torch.float32, device=q.device)
     totals = torch.empty_like(tops)
     accs = torch.empty(*tops.shape, head_size, dtype=torch.float32, device=q.device)
-    dependent = _arch(q.device) >= 90
     common = {
         "GROUP": group,
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "CHUNK": tiles.chunk,
         "TREE": ancestry is not None,
-        "PDL": dependent,
         "enable_fp_fusion": False,
+        **overlap(q),
     }
     _attend_kernel[(kv_heads, slots * row_tiles + own, batch)](
         q, k_cache, v_cache, lengths, num_rows, ancestry, block_table, tops, totals, accs,
@@ -307,12 +300,12 @@ def _launch(
         num_warps=tiles.warps, maxnreg=tiles.registers,
         # The page's number is loaded as many stages ahead of K and V as they are of their use.
         num_stages=2 * tiles.stages - 1 if page else tiles.stages,
-        **({"launch_pdl": True} if dependent else {}), **common,
+        **common,
     )  # fmt: skip
     _combine_kernel[(rows * heads, batch)](
         tops, totals, accs, out, lengths, num_rows, ancestry, window, rows, chunks, capacity,
         HEADS=heads, TILE=COMBINED // common["BLOCK_D"], num_warps=4,
-        **({"launch_pdl": True} if dependent else {}), **common,
+        **common,
     )  # fmt: skip
 
 
@@ -340,6 +333,6 @@ def tree_attention(
             None if ancestry is None else ancestry.contiguous(),
             None if block_table is None else block_table.contiguous(),
             UNBOUNDED if window is None else window, y,
-            tiles or tiles_of(k_cache.shape[2], q.shape[3], q.dtype, _arch(q.device)),
+            tiles or tiles_of(k_cache.shape[2], q.shape[3], q.dtype, architecture(q.device)),
         )  # fmt: skip
     return y

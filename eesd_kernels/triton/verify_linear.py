@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton import dense, rows
+from eesd_kernels.triton.launch import overlap
 from eesd_kernels.triton.levels import BLOCK_LAW, above_zero, at_level, stands
 from eesd_kernels.triton.random import accept_uniform, words_of, words_of_ids
 from eesd_kernels.triton.rows import (
@@ -271,14 +272,13 @@ def verify_linear(
     levels, across = triton.next_power_of_2(width), triton.next_power_of_2(splits)
     listed = triton.next_power_of_2(k)
     tile = levels * max(across, listed)
-    pdl = dense_q is None and rows.programmatic(logits)
     _walk_kernel[(batch,)](
         logits, logits.stride(0), logits.stride(1), draft_ids, length, q_ids, q_probs, law,
         temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded,
         accepted, token_ids, status, width - 1, vocab, splits, k, ROWS=levels, SPLITS=across,
-        WIDTH=listed, FOLD=fold, PDL=pdl,
+        WIDTH=listed, FOLD=fold,
         num_warps=1 if tile <= 512 else 4 if tile <= 1024 else 8,
-        **({"launch_pdl": True} if pdl else {}),
+        **overlap(logits, dense_q is None),
     )  # fmt: skip
     if stop is None or excluded is None:
         return accepted, token_ids, status

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton import rows
+from eesd_kernels.triton.launch import overlap
 from eesd_kernels.triton.levels import above_zero, at_level
 from eesd_kernels.triton.nodes import chosen_of, depths, next_child, weigh
 from eesd_kernels.triton.random import accept_uniform, words_of
@@ -280,14 +281,13 @@ def verify_tree(
     if not fold:
         stop, excluded = number.new_empty(batch, STOP.value), number.new_empty(batch, count)
     width, across, listed = (triton.next_power_of_2(x) for x in (nodes, splits, k))
-    pdl = rows.programmatic(logits)
     _walk_kernel[(batch,)](
         logits, logits.stride(0), logits.stride(1), node_ids, parent, number, q_ids, q_probs, law,
         temperature, cutoff, seed, position, base, partial, stop, excluded, accepted, path,
         token_ids, status, nodes, vocab, splits, k, count, NODES=width, SPLITS=across,
-        WIDTH=listed, COUNT=triton.next_power_of_2(count), FOLD=fold, PDL=pdl,
+        WIDTH=listed, COUNT=triton.next_power_of_2(count), FOLD=fold,
         num_warps=_warps(width * max(width, across, listed)),
-        **({"launch_pdl": True} if pdl else {}),
+        **overlap(logits),
     )  # fmt: skip
     if stop is not None and excluded is not None:
         rows.race(

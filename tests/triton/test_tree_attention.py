@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 import eesd_kernels as ek
 from eesd_kernels import reference
 from eesd_kernels.triton import tree_attention as kernels
+from eesd_kernels.triton.launch import architecture
 from eesd_kernels.triton.tree_attention import Tiles, tree_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -441,7 +442,7 @@ def test_long_contexts() -> None:
 def test_tiles_do_not_show() -> None:
     """Tensor cores: rows in another place of another tile, shared by other warps."""
     given = real_block("3-8b", "a tree", REAL)
-    tiles = kernels.tiles_of(8, 128, torch.bfloat16, kernels._arch(given["q"].device))
+    tiles = kernels.tiles_of(8, 128, torch.bfloat16, architecture(given["q"].device))
     want = run(given, tiles)
     for other in ({"rows": 16}, {"warps": 8}, {"warps": 2}, {"stages": 2}, {"programs": 8}):
         assert torch.equal(run(given, tiles._replace(**other)), want), other
