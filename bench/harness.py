@@ -56,11 +56,13 @@ def input_sets(bytes_each: int, device: str) -> int:
     return max(2, min(64, -(-L2_MULTIPLE * l2 // max(bytes_each, 1))))
 
 
-def measure(contenders: dict[str, Sequence[Call]], device: str, *, quick: bool) -> dict[str, Times]:
-    """Times of each contender on this device."""
+def measure(
+    contenders: dict[str, Sequence[Call]], device: str, *, quick: bool, replays: int = 60
+) -> dict[str, Times]:
+    """Times of each contender on this device; so many replays on a GPU."""
     if device == "cpu":
         return _on_cpu(contenders, repeats=3 if quick else 25)
-    return _on_cuda(contenders, replays=5 if quick else 60)
+    return _on_cuda(contenders, replays=5 if quick else replays)
 
 
 def graph_time(function: Callable[..., object], inputs: Sequence[tuple]) -> Times:
