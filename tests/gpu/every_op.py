@@ -57,7 +57,8 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
         pages, table = pages_of(sample["cache"], 4)
         yield {**sample, "cache": pages, "block_table": table}
     elif name in ("verify_linear", "verify_tree"):
-        yield {**narrow, "q_ids": None, "q_probs": None}
+        fixed = torch.full_like(sample["law"], int(ek.Law.DETERMINISTIC))
+        yield {**narrow, "q_ids": None, "q_probs": None, "law": fixed}
         vocab, probs = sample["target_logits"].shape[2], sample["q_probs"]
         if name == "verify_linear":
             yield {**narrow, "q_ids": None, "q_probs": torch.rand(*probs.shape[:2], vocab)}

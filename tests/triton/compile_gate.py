@@ -1,17 +1,18 @@
 """Compile every Triton kernel for one architecture, without a GPU, and report what each uses.
 
-`python compile_gate.py 90` calls the package's own launchers on meta tensors of real models'
-shapes (`gate_cases.py`) with Triton's launch replaced by a compile, so that what is compiled is
-what would run. It prints one JSON line a kernel: op, case, kernel, registers, stack (bytes spilled
-to memory).
+`python compile_gate.py 90 [op ...]` calls the package's own launchers on meta tensors of real
+models' shapes (`gate_cases.py`) with Triton's launch replaced by a compile, so that what is
+compiled is what would run; `--every 2` takes every second case of an op. It prints one JSON line a
+kernel: op, case, kernel, registers, stack (bytes spilled to memory).
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def main(arch: int, only: list[str]) -> None:
+def main(arch: int, only: list[str], every: int = 1) -> None:
     driver.set_active(_NoDevice(arch))  # type: ignore[arg-type]
     compiled: list[Any] = []
     launch = JITFunction.run
@@ -71,7 +72,7 @@ def main(arch: int, only: list[str]) -> None:
     for op, cases in CASES.items():
         if only and op not in only:
             continue
-        for case, call in cases.items():
+        for case, call in islice(cases.items(), None, None, every):
             compiled.clear()
             call()
             for name, kernel in compiled:
@@ -83,4 +84,9 @@ def main(arch: int, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", type=int, help="90 is sm_90")
+    parser.add_argument("op", nargs="*", help="all ops if none is named")
+    parser.add_argument("--every", type=int, default=1)
+    arguments = parser.parse_args()
+    main(arguments.arch, arguments.op, arguments.every)
