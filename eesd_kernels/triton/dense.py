@@ -166,9 +166,10 @@ def weights(q: Tensor, draft_length: Tensor, splits: int) -> Tensor:
     """W in parts, float32 `[B, K, S]`; rows beyond the draft's length are not written."""
     batch, drafts, vocab = q.shape
     sums = q.new_empty(batch, drafts, splits)
+    block, warps = rows.split_of(vocab)
     if drafts:
         _weights_kernel[(batch, drafts, splits)](
-            q, draft_length, sums, drafts, vocab, splits, BLOCK=rows.SPLIT, num_warps=rows.WARPS
+            q, draft_length, sums, drafts, vocab, splits, BLOCK=block, num_warps=warps
         )
     return sums
 
@@ -195,16 +196,17 @@ def masses(
     batch, drafts, vocab = q.shape
     splits = sums.shape[2]
     left, levels = torch.empty_like(sums), q.new_empty(batch, drafts, 3)
+    block, warps = rows.split_of(vocab)
     if drafts:
         _levels_kernel[(batch,)](
             logits, logits.stride(0), logits.stride(1), q, draft_ids, draft_length, law,
             temperature, cutoff, partial, sums, levels, drafts, vocab, splits,
             ROWS=triton.next_power_of_2(drafts + 1), SPLITS=triton.next_power_of_2(splits),
-            num_warps=rows.WARPS,
+            num_warps=warps,
         )  # fmt: skip
         _mass_kernel[(batch, drafts, splits)](
             logits, logits.stride(0), logits.stride(1), q, draft_length, temperature, cutoff,
-            levels, left, drafts, vocab, splits, BLOCK=rows.SPLIT, num_warps=rows.WARPS,
+            levels, left, drafts, vocab, splits, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return left
 
@@ -224,10 +226,10 @@ def race(
 ) -> None:
     """`rows.race` over `max(SCALE p - TAKE q, 0)` without one excluded id; `excluded [B, 1]`."""
     batch, width, vocab = logits.shape
-    splits = partial.shape[3]
+    (block, warps), splits = rows.split_of(vocab), partial.shape[3]
     candidate = torch.empty(batch, 4, splits, dtype=torch.int32, device=logits.device)
     _dense_race_kernel[(batch, splits)](
         logits, logits.stride(0), logits.stride(1), q, temperature, cutoff, seed, position, base,
-        partial, stop, excluded, candidate, token_ids, width - 1, vocab, splits, BLOCK=rows.SPLIT,
-        SPLITS=triton.next_power_of_2(splits), num_warps=rows.WARPS,
+        partial, stop, excluded, candidate, token_ids, width - 1, vocab, splits, BLOCK=block,
+        SPLITS=triton.next_power_of_2(splits), num_warps=warps,
     )  # fmt: skip

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.launch import overlap
+from eesd_kernels.triton.launch import architecture, overlap
 from eesd_kernels.triton.random import race_noise, words_of_block
 from eesd_kernels.triton.splits import (
     COUPLED,
@@ -42,7 +42,8 @@ from eesd_kernels.triton.splits import (
     without_children,
 )
 
-SPLIT, WARPS = 2048, 4  # ids of a split, warps of its program
+SPLIT = 2048  # ids of a split, or more:
+MOST_SPLITS = 64  # the walk has those of a row in registers
 FOLD_BELOW = 1 << 20  # logits
 PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads ahead
 
@@ -180,14 +181,23 @@ def _race_kernel(
             tl.store(token_ids_ptr + b * width + tl.load(stop + PLACE), token)
 
 
+def split_of(vocab: int) -> tuple[int, int]:
+    """ids of a split, warps of its program: a function of V alone."""
+    split = max(SPLIT, triton.next_power_of_2(triton.cdiv(vocab, MOST_SPLITS)))
+    return split, 4 if split <= 2048 else 8
+
+
 def splits_of(vocab: int) -> int:
-    """Splits of a row: a function of V alone."""
-    return triton.cdiv(vocab, SPLIT)
+    """Splits of a row."""
+    return triton.cdiv(vocab, split_of(vocab)[0])
 
 
-def folds(logits: Tensor) -> bool:
-    """Whether racing in every row costs less than a launch for the row where the walk stops."""
-    return logits.numel() < FOLD_BELOW
+def folds(logits: Tensor, walk: int = 1) -> bool:
+    """Whether racing in every row costs less than a launch for the row where the walk stops.
+
+    walk: how long it is; a launch behind a long one costs more registers and time.
+    """
+    return logits.numel() < walk * FOLD_BELOW
 
 
 def new_partial(logits: Tensor) -> Tensor:
@@ -226,15 +236,18 @@ def statistics(
             `child_ids [B, Q]` (linear: that of row r at r; tree: of node i at i).
     """
     batch, rows, vocab = logits.shape
-    splits = partial.shape[3]
+    (block, warps), splits = split_of(vocab), partial.shape[3]
     children = child_ids.shape[1] if child_ids is not None else 1
     q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
     programs = max(1, min(splits, PROGRAMS // (batch * rows)))
+    spills = logits.dtype is torch.float32 or architecture(logits.device) >= 100
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
-        BONUS=bonus, FOLD=fold, BLOCK=SPLIT, CHILDREN=triton.next_power_of_2(children),
-        WIDTH=triton.next_power_of_2(k), num_warps=WARPS, **overlap(logits),
+        BONUS=bonus, FOLD=fold, BLOCK=block, CHILDREN=triton.next_power_of_2(children),
+        WIDTH=triton.next_power_of_2(k), num_warps=warps,
+        # Else ptxas spills a word to fit a program more.
+        maxnreg=255 if spills else None, **overlap(logits),
     )  # fmt: skip
 
 
@@ -261,11 +274,12 @@ def race(
         token_ids: int32 `[B, W]`, contiguous.
     """
     batch, rows, vocab = logits.shape
-    splits, count = partial.shape[3], excluded.shape[1]
+    (block, warps), splits = split_of(vocab), partial.shape[3]
+    count = excluded.shape[1]
     candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
     _race_kernel[(batch, splits)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
         partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
-        count, BLOCK=SPLIT, SPLITS=triton.next_power_of_2(splits),
-        COUNT=triton.next_power_of_2(count), num_warps=WARPS, **overlap(logits),
+        count, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
+        COUNT=triton.next_power_of_2(count), num_warps=warps, **overlap(logits),
     )  # fmt: skip

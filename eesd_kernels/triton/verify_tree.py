@@ -226,7 +226,7 @@ def _walk_kernel(
 
 
 def _warps(tile: int) -> int:
-    return 1 if tile <= 512 else 4 if tile <= 1024 else 8
+    return 1 if tile <= 512 else 4 if tile <= 1024 else 8 if tile <= 4096 else 16
 
 
 def verify_tree(
@@ -270,7 +270,7 @@ def verify_tree(
     if not (top_k is None and top_p is None and min_p is None):
         cutoff = cutoffs(logits, number, temperature, top_k, top_p, min_p)
 
-    fold = rows.folds(logits)
+    fold = rows.folds(logits, walk=2)
     partial = rows.new_partial(logits)
     rows.statistics(
         logits, number, law, temperature, seed, position, base, partial, bonus=0, cutoff=cutoff,
