@@ -22,7 +22,7 @@ class GenerationConfig:
     min_new_tokens: no end of text before so many new tokens; at most max_new_tokens.
     do_sample, temperature, top_k (0: off), top_p (1: off), min_p (0: off): the target's law;
         without do_sample decoding is greedy. Ties at a threshold are kept.
-    repetition_penalty: 2**-127 to 2**127; divides positive and multiplies negative logits of the
+    repetition_penalty: 2**-149 to 2**127; divides positive and multiplies negative logits of the
         ids that stand in the prompt or text. 1 is off.
     no_repeat_ngram_size: n-grams of so many ids, the prompt's too, come once. 0 is off.
     eos_token_id: one id, several, or None for the model's own; () for none.
@@ -92,7 +92,7 @@ class GenerationConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._number("temperature", 0.0, _FLOAT32, "above 0 and finite", low_open=True)
-        self._number("repetition_penalty", 1 / _FLOAT32, _FLOAT32, "2**-127 to 2**127")
+        self._number("repetition_penalty", 2.0**-149, _FLOAT32, "2**-149 to 2**127")
         self._number("top_p", 0.0, 1.0, "above 0, at most 1", low_open=True)
         for name in ("min_p", "assistant_confidence_threshold", "assistant_discount"):
             self._number(name, 0.0, 1.0, "0 to 1")
