@@ -83,6 +83,25 @@ GREEDY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def test_several_ends_are_those_of_transformers(model: Model, theirs: Any) -> None:
+    """40 prompts, drafting in a left-padded batch; most texts end early, at more than one id."""
+    ends, prompts = [0, 11, 23, 40, 52], tiny_prompts(40, seed=3)
+    ids, mask = left_pad(prompts, pad=9)
+    out = run(model, ids, mask, pad_token_id=0, eos_token_id=ends)
+    seen = set()
+    for b, prompt in enumerate(prompts):
+        want = theirs.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=12,
+            do_sample=False, eos_token_id=ends, pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        row = out[b, ids.shape[1] :].tolist()
+        assert row == want + [0] * (len(row) - len(want))
+        if len(want) < 12:
+            seen.add(want[-1])
+    assert len(seen) > 1
+    assert seen <= set(ends)
+
+
 @pytest.mark.parametrize("case", GREEDY)
 def test_greedy_texts_are_those_of_transformers(model: Model, theirs: Any, case: str) -> None:
     """40 prompts in a left-padded batch, drafting and plainly; ten alone."""
