@@ -62,19 +62,6 @@ def check(arguments: Arguments, unclear: int = 0) -> list[Tensor]:
     return got
 
 
-@pytest.fixture(params=[ALWAYS, NEVER], ids=["race in all rows", "race in one"])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "FOLD_BELOW", request.param)
-    if not request.param:  # and each program takes several splits
-        monkeypatch.setattr(rows, "PROGRAMS", 1)
-
-
-@pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Splits of so many ids, so that a small vocabulary has several."""
-    return lambda block: monkeypatch.setattr(rows, "SPLIT", block)
-
-
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize(
     ("vocab", "k", "drafts", "batch", "block"),

@@ -23,7 +23,6 @@ from eesd_kernels.triton.verify_tree import verify_tree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = list(Law)
-NEVER, ALWAYS = 0, 1 << 60
 
 Arguments = dict[str, Any]
 
@@ -64,19 +63,6 @@ def check(arguments: Arguments, unclear: int = 0, first: int = 1 << 30) -> list[
 
 def equal(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.fixture(params=[ALWAYS, NEVER], ids=["race in all rows", "race in one"])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "FOLD_BELOW", request.param)
-    if not request.param:  # and each program takes several splits
-        monkeypatch.setattr(rows, "PROGRAMS", 1)
-
-
-@pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Splits of so many ids, so that a small vocabulary has several."""
-    return lambda block: monkeypatch.setattr(rows, "SPLIT", block)
 
 
 @pytest.mark.usefixtures("launches")
