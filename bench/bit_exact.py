@@ -1,13 +1,14 @@
 """Ids of EESD against plain decoding's in bfloat16 on a GPU: all of them, every token.
 
 Greedy ids must equal plain decoding's; with `coupled`, sampled ids plain sampling's of the same
-seed. The demo model on real prompts, and a synthetic model of a named shape on random ones; alone
-and in batches of eight, with constant and Thompson draft lengths. Plain decoding is itself compared
-over the batch sizes. Exits with 1 where ids differ.
+seed. The demo model on real prompts, and synthetic models of a named shape, of several agreements,
+on random ones; alone and in batches of eight, with constant and Thompson draft lengths. Plain
+decoding is itself compared over the batch sizes. Exits with 1 where ids differ.
 """
 
 import argparse
 import sys
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ MODES = {
     "coupled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
 }
 SCHEDULES = {"default": ("thompson", 8), "constant": ("constant", 5)}
-KEY = ("shape", "B", "mode", "schedule")
+KEY = ("shape", "agreement", "B", "mode", "schedule")
 
 
 def main() -> None:
@@ -33,63 +34,74 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["demo", "shape"])
     parser.add_argument("--sets", nargs="+", default=["gsm8k_test", "humaneval"])
     parser.add_argument("--prompts", type=int, default=200, help="of the demo model")
-    parser.add_argument("--shape-prompts", type=int, default=20)
-    parser.add_argument("--agreement", type=float, default=0.75)
+    parser.add_argument("--shape-prompts", type=int, default=20, help="of each synthetic model")
+    parser.add_argument("--alone", type=int, default=20, help="of these, the first so many alone")
+    parser.add_argument("--agreements", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--exit-layer", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
     prepare(args)
-    count = len(args.models) * len(args.batches) * len(args.modes)
+    models = ("demo" in args.models) + ("shape" in args.models) * len(args.agreements)
+    count = models * len(args.batches) * len(args.modes)
     budget, rows = Budget(args.seconds, count), list[dict[str, object]]()
     if "demo" in args.models:
         dtype = "bfloat16" if args.device == "cuda" else "float32"
         demo = eesd.load("demo", device=args.device, dtype=dtype)
         sets = [load_prompts(args.data, name, demo, args.new_tokens) for name in args.sets]
-        mixed = [p for pair in zip(*sets, strict=False) for p in pair]
-        _run(demo, "demo", mixed[: args.prompts], args, budget, rows)
+        turns = zip_longest(*sets)
+        mixed = [p for turn in turns for p in turn if p is not None][: args.prompts]
+        _run(demo, {"shape": "demo"}, mixed, len(mixed), args, budget, rows)
         demo.captures.clear()
-    if "shape" in args.models and not budget.spent():
-        model = synthetic(args, args.agreement, args.exit_layer)
-        lengths = [64 + 7 * n for n in range(args.shape_prompts)]
-        _run(model, args.shape, random_prompts(model, lengths, 1), args, budget, rows)
+    for agreement in args.agreements if "shape" in args.models else ():
+        if budget.spent():
+            break
+        model = synthetic(args, agreement, args.exit_layer)
+        prompts = random_prompts(model, [64 + 7 * n for n in range(args.shape_prompts)], 1)
+        name = {"shape": args.shape, "weights": "synthetic", "agreement": agreement}
+        _run(model, name, prompts, args.alone, args, budget, rows)
+        del model
     sys.exit(not all(row["ids_equal"] for row in rows))
 
 
 @torch.inference_mode()
 def _run(
     model: eesd.Model,
-    shape: str,
-    prompts: list[Tensor],
+    name: dict[str, object],
+    every: list[Tensor],
+    alone: int,
     args: argparse.Namespace,
     budget: Budget,
     rows: list[dict[str, object]],
 ) -> None:
+    """All prompts in batches, the first `alone` of them one by one."""
     plain: dict[str, list[Tensor]] = {}
     for batch in args.batches:
+        prompts = every[:alone] if batch == 1 else every
         for mode in args.modes:
             if budget.spent():
                 return
             base = _Texts(model, prompts, batch, args, num_assistant_tokens=0, **MODES[mode])
-            same = _equal(base.ids, plain.setdefault(mode, base.ids))
-            for name, (schedule, drafts) in SCHEDULES.items():
+            before = plain.setdefault(mode, base.ids)
+            same = [torch.equal(a, b) for a, b in zip(base.ids, before, strict=False)]
+            for rule, (schedule, drafts) in SCHEDULES.items():
                 texts = _Texts(
                     model, prompts, batch, args, num_assistant_tokens_schedule=schedule,
                     num_assistant_tokens=drafts,
                     assistant_sampling="coupled" if mode == "coupled" else "rejection",
                     **MODES[mode],
                 )  # fmt: skip
-                equal = _equal(texts.ids, base.ids)
+                equal = [torch.equal(a, b) for a, b in zip(texts.ids, base.ids, strict=True)]
                 rows.append(
                     {
-                        "shape": shape,
+                        **name,
                         "dtype": str(model.backbone.dtype).removeprefix("torch."),
                         "B": batch,
                         "prompts": len(prompts),
                         "new_tokens": args.new_tokens,
                         "mode": mode,
-                        "schedule": name,
+                        "schedule": rule,
                         "ids_equal": all(equal),
                         "mismatches": len(equal) - sum(equal),
                         "plain_mismatches_across_batches": len(same) - sum(same),
@@ -101,10 +113,6 @@ def _run(
                 print_table(rows[-1:])
                 write_results("bit_exact", rows, out=args.out, key=KEY)
             budget.case_done()
-
-
-def _equal(some: list[Tensor], others: list[Tensor]) -> list[bool]:
-    return [torch.equal(a, b) for a, b in zip(some, others, strict=True)]
 
 
 class _Texts:

@@ -1,10 +1,10 @@
-"""The main job on this machine's CPU: EESD and plain decoding in turn, and transformers.
+"""The main job on this machine, on its CPU unless told otherwise: EESD, plain, and transformers.
 
 For each prompt, one after the other in one process: plain decoding and EESD in the same engine
-(same ops, same cache), and transformers' own `generate` on the same folder, in float32 (it has no
-float32 arithmetic over bfloat16 weights). Times are the fastest of some whole
-calls with prefill; a row's speeds are medians over prompts, its speed-up the median of the prompts'
-ratios. Token counts come from ids.
+(same ops, same cache), and transformers' own `generate` on the same folder, on a CPU in float32 (it
+has no float32 arithmetic over bfloat16 weights). Times are the fastest of some whole calls with
+prefill; a row's speeds are medians over prompts, its speed-up the median of the prompts' ratios.
+Token counts come from ids.
 """
 
 import argparse
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_argument(parser)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sets", nargs="+", default=["gsm8k_test"])
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -35,20 +36,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    model = eesd.load(args.model, device="cpu")
+    model = eesd.load(args.model, device=args.device)
     theirs = None if args.no_transformers else _transformers(model)
     rows = []
     for name in args.sets:
         prompts = load_prompts(args.data, name, model, args.new_tokens)[: args.prompts]
         rows.append(measure(model, theirs, name, prompts, args.new_tokens, args.repeats))
         print(rows[-1], flush=True)
-    print(write_results("main_job", rows, out=args.out, on="cpu"))
+    on = "cpu" if args.device == "cpu" else None
+    print(write_results("main_job", rows, out=args.out, on=on))
 
 
 def _transformers(model: eesd.Model):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    device = model.backbone.device
+    dtype = torch.float32 if device.type == "cpu" else model.backbone.dtype
+    return AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype).to(device).eval()
 
 
 def _fastest(run, repeats: int):
@@ -68,6 +72,7 @@ def measure(
     plain_speed, eesd_speed, theirs_speed, speedup, x_theirs = [], [], [], [], []
     equal, rounds, accepted = True, 0, 0
     for number, ids in enumerate([prompts[0], *prompts]):  # the first warms up
+        ids = ids.to(model.backbone.device)
 
         def plain(ids=ids):
             return eesd.generate(model, ids[None], generation_config=config, num_assistant_tokens=0)
@@ -112,7 +117,7 @@ def measure(
         "N": head.config.exit_layer if head else None,
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "weights": str(model.backbone.embedding.dtype).removeprefix("torch."),
-        "threads": _C.get_num_threads(),
+        "threads": _C.get_num_threads() if model.backbone.device.type == "cpu" else None,
         "prompts": len(prompts),
         "new_tokens": new_tokens,
         "tokens_per_s": round(statistics.median(eesd_speed), 1),

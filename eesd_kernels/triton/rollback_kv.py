@@ -19,9 +19,19 @@ from eesd_kernels.triton.launch import overlap
 
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
 GROUP = 8  # tokens in registers at once
+LINES, LINE = tl.constexpr(32), tl.constexpr(32)  # of a sequence's pages fetched ahead: 4 KiB
 PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _fetch(ptrs):
+    """Lines of memory into the L2: a hint that reads nothing, so it needs no `gdc_wait`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -46,11 +56,16 @@ def _rollback_kv_kernel(
 ):  # fmt: skip
     """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
     b = tl.program_id(0).to(tl.int64)
+    depth = tl.arange(0, NODES)
     if PDL:
+        _fetch(path_ptr + b * nodes + tl.minimum(depth, tl.maximum(nodes - 1, 0)))
+        _fetch(lengths_ptr + b)
+        if PAGE:
+            lines = tl.minimum(tl.arange(0, LINES) * LINE, columns - 1)
+            _fetch(table_ptr + b * columns + lines)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths_ptr + b)
-    depth = tl.arange(0, NODES)
     path = tl.load(path_ptr + b * nodes + depth, mask=depth < nodes, other=-1)
     if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(new_ptr + b, length + tl.sum((path >= 0).to(tl.int32), 0))

@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     programs: int  # at most; chunks beyond are looped over
-    registers: int = 255  # a thread may use; left alone ptxas spills some to fit more programs
+    registers: int = 255  # of a thread; left alone ptxas spills some to fit more programs
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _add_tile(q, k, v, seen, top, total, acc, scale):
     """
     finite = tl.where(tl.abs(v) < float("inf"), v, 0.0).to(v.dtype)
     bad = tl.dot(tl.zeros(q.shape, q.dtype), tl.trans(v), input_precision="ieee")
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bad
+    s = tl.dot(q, tl.trans(k), bad, input_precision="ieee") * scale
     s = tl.where(seen, s, -float("inf"))
     new = tl.maximum(top, tl.max(s, 1))
     level = tl.where(new == -float("inf"), 0.0, new)
@@ -250,7 +250,7 @@ def tiles_of(kv_heads: int, head_size: int, dtype: torch.dtype, arch: int) -> Ti
     """The tiles of a head shape on one architecture; nothing else decides them."""
     if dtype is torch.float32:  # exact products on the plain cores: small tiles, or they spill
         return Tiles(256, 16, 16, 4, 1, 512)
-    return Tiles(256, 32, 32, 4, 4, 512) if head_size <= 128 else Tiles(256, 32, 32, 8, 3, 512)
+    return Tiles(512, 32, 32, 4, 4, 264, 168) if head_size <= 128 else Tiles(512, 32, 32, 8, 3, 264)
 
 
 def _launch(
@@ -297,7 +297,9 @@ def _launch(
         K_STRIDES=k_cache.stride()[1:], V_STRIDES=v_cache.stride()[1:], ROWS=tile,
         KEYS=tiles.keys, PAGE=page, WINDOW=window < UNBOUNDED,
         DOT=tl.float32 if single else tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16,
-        num_warps=tiles.warps, maxnreg=tiles.registers,
+        num_warps=tiles.warps,
+        # With fewer a tree in pages spills.
+        maxnreg=255 if page and ancestry is not None else tiles.registers,
         # The page's number is loaded as many stages ahead of K and V as they are of their use.
         num_stages=2 * tiles.stages - 1 if page else tiles.stages,
         **common,
