@@ -19,18 +19,20 @@ from eesd_kernels.triton.launch import overlap
 
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
 GROUP = 8  # tokens in registers at once
-LINES, LINE = tl.constexpr(32), tl.constexpr(32)  # of a sequence's pages fetched ahead: 4 KiB
+FETCH = True
 PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
-def _fetch(ptrs):
-    """Lines of memory into the L2: a hint that reads nothing, so it needs no `gdc_wait`."""
+def _fetch(ptr, size):
+    """The first bytes from ptr on into the L2: a hint that reads nothing, so it needs no wait."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
+        """{ .reg .pred p; .reg .u32 t; .reg .u64 a; mov.u32 t, %tid.x; shl.b32 t, t, 7;
+        setp.lt.u32 p, t, $2; cvt.u64.u32 a, t; add.u64 a, a, $1; @p prefetch.global.L2 [a];
+        mov.u32 $0, 0; }""",
+        "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -52,17 +54,17 @@ def _rollback_kv_kernel(
     cache_ptr, path_ptr, lengths_ptr, table_ptr, new_ptr, planes, run, nodes, width, slots, pages,
     columns, stride_layer, stride_kv, stride_page, stride_slot, stride_head, stride_column,
     D: tl.constexpr, DENSE: tl.constexpr, PAGE: tl.constexpr, NODES: tl.constexpr,
-    GROUP: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
     b = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, NODES)
     if PDL:
-        _fetch(path_ptr + b * nodes + tl.minimum(depth, tl.maximum(nodes - 1, 0)))
-        _fetch(lengths_ptr + b)
-        if PAGE:
-            lines = tl.minimum(tl.arange(0, LINES) * LINE, columns - 1)
-            _fetch(table_ptr + b * columns + lines)
+        if FETCH and ((tl.program_id(1) == 0) & (tl.program_id(2) == 0)):
+            _fetch(path_ptr + b * nodes, nodes * 4)
+            _fetch(lengths_ptr + b, 4)
+            if PAGE:
+                _fetch(table_ptr + b * columns, tl.minimum(columns * 4, 4096))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths_ptr + b)
@@ -77,14 +79,16 @@ def _rollback_kv_kernel(
     if not DENSE:
         at = column // D * stride_head + column % D * stride_column
     first = tl.program_id(1) * run
-    count = tl.minimum(run, planes - first) * moves
+    count, each = tl.minimum(run, planes - first) * moves, 1.0 / moves
     if PAGE == 0:
         cache_ptr += b * stride_page
     else:
         table_ptr += b * columns
     for group in range(0, count, GROUP):
         turn = group + tl.arange(0, GROUP)
-        plane, to, live = first + turn // moves, start + turn % moves, turn < count
+        # turn div moves, a multiplication: at most 64 * 2^16 turns, so a float32 tells them apart.
+        over = ((turn.to(tl.float32) + 0.5) * each).to(tl.int32)
+        plane, to, live = first + over, start + turn - over * moves, turn < count
         node = tl.load(path_ptr + b * nodes + to, mask=live, other=-1)
         here, is_here = _place(
             table_ptr, length + node, slots, pages, stride_page, stride_slot, PAGE
@@ -92,7 +96,7 @@ def _rollback_kv_kernel(
         there, is_there = _place(
             table_ptr, length + to, slots, pages, stride_page, stride_slot, PAGE
         )
-        base = plane.to(tl.int64) // 2 * stride_layer + plane.to(tl.int64) % 2 * stride_kv
+        base = (plane >> 1).to(tl.int64) * stride_layer + (plane & 1).to(tl.int64) * stride_kv
         live &= (node > to) & is_here & is_there
         mask = live[:, None] & (column < width)[None, :]
         # [GROUP, SLICE]
@@ -126,7 +130,7 @@ def rollback_kv(
         cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
-        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
+        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice, FETCH=FETCH,
         num_warps=max(1, per_slice * element // 512), **overlap(cache),
     )  # fmt: skip
     return new

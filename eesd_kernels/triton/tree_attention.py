@@ -4,16 +4,19 @@ A program takes a head of the cache, a tile of rows (the T rows and the heads of
 side) and a chunk. Rows are the left operand of both products, at most 32 of them: tensor cores then
 work from registers (mma.sync) and the loop is one of loads, which bound it. Each row's maximum, sum
 and accumulator go to scratch, where a second kernel adds a row's chunks up. The scratch,
-`4 (D + 2) B Hq T ceil(S / chunk)` bytes for capacity S, and nothing else is allocated, by torch's
-allocator, which under graph capture means once. K and V must have q's dtype.
+`4 (D + 2) B Hq T` bytes for each chunk of the capacity, and nothing else is allocated, by torch's
+allocator, which under graph capture means once. K and V must have q's dtype. Short contexts have
+few chunks and want short ones; long ones would pay for them in the scratch. So chunks are half as
+long before an absolute position (`fine`).
 
 A row has the same bits alone (T = 1), in a block of any size, and as a tree node whose ancestors
 are those tokens, because
 
 - chunks, and tiles of keys within them, begin at absolute positions and are taken in ascending
   order, whoever takes them; a key's position in a tree is `length` plus its depth. From the chunk
-  of position `length` on a tree's node therefore has programs of its own, which fetch its ancestors
-  as if they stood in slots length, length + 1, ...: they do what T = 1 would do there;
+  of position `length` on a tree's nodes therefore have programs of their own, few nodes each: the
+  tiles before `length` are taken once for all, then each node's in turn, with its ancestors as if
+  they stood in slots length, length + 1, ...: for it they do what T = 1 would do there;
 - what a row does not see adds exact zeros: its weight is 0, and values are finite, since those that
   are not are read as 0 and make NaN of the scores of the rows that see them. A tile of which a row
   sees nothing keeps its maximum, multiplies by exp2(0) = 1 and adds zeros;
@@ -37,6 +40,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from eesd_kernels.triton.launch import architecture, overlap
 
 NODES = tl.constexpr(64)  # of a tree at most: bits of an ancestry mask
+OWN = tl.constexpr(8)  # nodes of a program of the last chunks: their tiles come one after another
 FEWEST_SLOTS = 8  # programs over the context of a row tile, in large batches too: lengths differ
 COMBINED = 4096  # numbers in flight in a program of the second kernel
 LARGEST_HEAD = 256
@@ -44,7 +48,7 @@ UNBOUNDED = 2**31 - 1  # a window that hides nothing
 
 
 class Tiles(NamedTuple):
-    """How one head shape is tiled. Bits depend on `chunk` and `keys` alone."""
+    """How one head shape is tiled. Bits depend on `chunk`, `fine` and `keys` alone."""
 
     chunk: int  # keys
     keys: int  # of a tile
@@ -53,6 +57,7 @@ class Tiles(NamedTuple):
     stages: int
     programs: int  # at most; chunks beyond are looped over
     registers: int = 255  # of a thread; left alone ptxas spills some to fit more programs
+    fine: int = 0  # a multiple of `chunk`; chunks before this position are half as long
 
 
 @triton.jit
@@ -63,10 +68,33 @@ def _extent(lengths_ptr, num_rows_ptr, b, T, capacity):
 
 
 @triton.jit
+def _chunk_of(key, CHUNK: tl.constexpr, FINE: tl.constexpr):
+    return tl.where(key < FINE, key // (CHUNK // 2), key // CHUNK + FINE // CHUNK)
+
+
+@triton.jit
+def _begin_of(chunk, CHUNK: tl.constexpr, FINE: tl.constexpr):
+    return tl.where(chunk < 2 * (FINE // CHUNK), chunk * (CHUNK // 2), chunk * CHUNK - FINE)
+
+
+@triton.jit
+def _after(chunk, slots, first, end, CHUNK: tl.constexpr, FINE: tl.constexpr):
+    """The slot's next chunk: it has one alone, or every `slots`-th run of CHUNK keys."""
+    run, upper = _begin_of(chunk, CHUNK, FINE) // CHUNK, _begin_of(chunk + 1, CHUNK, FINE) // CHUNK
+    other = _chunk_of((run + slots) * CHUNK, CHUNK, FINE)
+    return tl.where(end - first <= slots, end, tl.where(upper == run, chunk + 1, other))
+
+
+@triton.jit
 def _ancestors(ancestry_ptr, node, inside):
     """For node `[N, 1]` or a scalar: 1 where j is the node or an ancestor of it, `[N, NODES]`."""
+    return _members(tl.load(ancestry_ptr + node, mask=inside, other=0), node)
+
+
+@triton.jit
+def _members(bits, node):
+    """The same of the node's mask."""
     j = tl.arange(0, NODES)[None, :]
-    bits = tl.load(ancestry_ptr + node, mask=inside, other=0)
     return tl.where(j <= node, (bits >> j) & 1, 0).to(tl.int32)
 
 
@@ -113,11 +141,11 @@ def _attend_kernel(
     accs_ptr, q_strides, k_stride, v_stride, table_stride, scale, window, T, chunks, row_tiles,
     slots, capacity,
     K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, FINE: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Every `slots`-th chunk of a tile of rows; behind those programs the tree nodes' own."""
+    """A slot's chunks of a tile of rows; behind those programs the tree nodes' own."""
     head, work = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     if PDL:
@@ -128,13 +156,11 @@ def _attend_kernel(
     own = False
     slot, first_row, end_row = work // row_tiles, work % row_tiles * ROWS, live * GROUP
     if TREE:
-        TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS  # of a node
+        PER: tl.constexpr = min(ROWS, OWN * GROUP)
         own = work >= slots * row_tiles
-        node = (work - slots * row_tiles) // TILES
-        slot = tl.where(own, 0, slot)
-        slots = tl.where(own, 1, slots)
-        first_row = tl.where(own, node * GROUP + work % TILES * ROWS, first_row)
-        end_row = tl.where(own, tl.minimum(end_row, node * GROUP + GROUP), end_row)
+        first_row = tl.where(own, (work - slots * row_tiles) * PER, first_row)
+        end_row = tl.where(own, tl.minimum(end_row, first_row + PER), end_row)
+        slot, slots = tl.where(own, 0, slot), tl.where(own, 1, slots)
     if first_row >= end_row:
         return
     row = first_row + tl.arange(0, ROWS)
@@ -151,15 +177,16 @@ def _attend_kernel(
     position = length + row // GROUP
     if TREE:
         ancestry_ptr += b * T
+        masks = tl.load(ancestry_ptr + row // GROUP, mask=in_rows, other=0)
         depth = tl.sum(_ancestors(ancestry_ptr, (row // GROUP)[:, None], in_rows[:, None]), 1) - 1
         position = length + depth
-        line = _ancestors(ancestry_ptr, first_row // GROUP, True)
-        place = tl.where(line == 1, tl.cumsum(line, 1) - 1, -1)
-    low, high = 0, tl.max(tl.where(in_rows, position, 0), 0) + 1
+        node, nodes = first_row // GROUP, (tl.minimum(first_row + ROWS, end_row) - 1) // GROUP
+        nodes += 1 - node
+    low, high = length * 0, tl.max(tl.where(in_rows, position, 0), 0) + 1
     if TREE:
-        turn = length // CHUNK * CHUNK
-        low = tl.where(own, turn, low)
-        high = tl.where(own, high, tl.minimum(high, turn))
+        border = _begin_of(_chunk_of(length, CHUNK, FINE), CHUNK, FINE)
+        low = tl.where(own, border, low)
+        high = tl.where(own, high, tl.minimum(high, border))
     if WINDOW:
         first = tl.min(tl.where(in_rows, position, capacity), 0)
         low = tl.maximum(low, first - window + 1) // KEYS * KEYS
@@ -169,17 +196,38 @@ def _attend_kernel(
     k_ptr += head.to(tl.int64) * K_STRIDES[1]
     v_ptr += head.to(tl.int64) * V_STRIDES[1]
     parts = (b * tl.num_programs(0) + head) * chunks  # of the scratch, T * GROUP rows each
-    for chunk in tl.range(low // CHUNK + slot, tl.cdiv(high, CHUNK), slots):
+    first_chunk, end_chunk = _chunk_of(low, CHUNK, FINE), 0
+    if high > low:
+        end_chunk = _chunk_of(high - 1, CHUNK, FINE) + 1
+    chunk = first_chunk + slot
+    if end_chunk - first_chunk > slots:  # none before the first: it may be another program's
+        chunk = _chunk_of((low // CHUNK + slot) * CHUNK, CHUNK, FINE)
+        chunk = tl.maximum(chunk, first_chunk)
+    while chunk < end_chunk:
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS, 16], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        begin, end = tl.maximum(chunk * CHUNK, low), tl.minimum(chunk * CHUNK + CHUNK, high)
-        for start in tl.range(begin, end, KEYS):
+        begin = tl.maximum(_begin_of(chunk, CHUNK, FINE), low)
+        end = tl.minimum(_begin_of(chunk + 1, CHUNK, FINE), high)
+        steps = tl.cdiv(end - begin, KEYS)
+        if TREE:
+            shared = tl.minimum(tl.maximum(length // KEYS * KEYS - begin, 0) // KEYS, steps)
+            steps = shared + (steps - shared) * nodes
+        for step in tl.range(0, steps):
+            start, mine = begin + step * KEYS, in_rows
+            if TREE:
+                turn = tl.maximum(step - shared, 0)  # a tile's nodes come one after the other
+                start = begin + (tl.minimum(step, shared) + turn // nodes) * KEYS
+                now = node + turn % nodes
+                mine = (step < shared) | (row // GROUP == now)
             key = start + tl.arange(0, KEYS)
             inside = key < end
             offset = key
             if TREE:  # noqa: SIM102, a constant and what is only known in the kernel
-                if start + KEYS > length:
+                if step >= shared:
+                    leader = tl.maximum(now * GROUP, first_row)
+                    line = _members(tl.sum(tl.where(row == leader, masks, 0), 0), now)
+                    place = tl.where(line == 1, tl.cumsum(line, 1) - 1, -1)
                     here = place == (key - length)[:, None]
                     ancestor = tl.sum(tl.where(here, tl.arange(0, NODES)[None, :], 0), 1)
                     offset = tl.where(key < length, key, length + ancestor)
@@ -190,7 +238,7 @@ def _attend_kernel(
                 page = b
             k = _load_tile(k_ptr, k_stride, page, offset, inside, K_STRIDES, D, BLOCK_D, DOT)
             v = _load_tile(v_ptr, v_stride, page, offset, inside, V_STRIDES, D, BLOCK_D, DOT)
-            seen = key[None, :] <= position[:, None]
+            seen = (key[None, :] <= position[:, None]) & mine[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
             top, total, acc = _add_tile(q, k, v, seen, top, total, acc, scale)
@@ -199,6 +247,7 @@ def _attend_kernel(
         tl.store(totals_ptr + at, tl.max(total, 1), mask=in_rows)
         inside = in_rows[:, None] & (d < D)[None, :]
         tl.store(accs_ptr + (at[:, None] * D + d[None, :]), acc, mask=inside)
+        chunk = _after(chunk, slots, first_chunk, end_chunk, CHUNK, FINE)
 
 
 @triton.jit(do_not_specialize=["window", "T", "chunks", "capacity"])
@@ -206,7 +255,8 @@ def _combine_kernel(
     tops_ptr, totals_ptr, accs_ptr, out_ptr, lengths_ptr, num_rows_ptr, ancestry_ptr, window, T,
     chunks, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, TREE: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, FINE: tl.constexpr, TILE: tl.constexpr, TREE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and head: its chunks, TILE at a time, at absolute places of the tile."""
     node, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -222,7 +272,8 @@ def _combine_kernel(
     position = length + node
     if TREE:
         position = length + tl.sum(_ancestors(ancestry_ptr + b * T, node, True)) - 1
-    first, last = tl.maximum(position - window + 1, 0) // CHUNK, position // CHUNK
+    first = _chunk_of(tl.maximum(position - window + 1, 0), CHUNK, FINE)
+    last = _chunk_of(position, CHUNK, FINE)
     base = (b * (HEADS // GROUP) + head // GROUP) * chunks
     top, total = -float("inf"), 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -249,8 +300,10 @@ def _combine_kernel(
 def tiles_of(kv_heads: int, head_size: int, dtype: torch.dtype, arch: int) -> Tiles:
     """The tiles of a head shape on one architecture; nothing else decides them."""
     if dtype is torch.float32:  # exact products on the plain cores: small tiles, or they spill
-        return Tiles(256, 16, 16, 4, 1, 512)
-    return Tiles(512, 32, 32, 4, 4, 264, 168) if head_size <= 128 else Tiles(512, 32, 32, 8, 3, 264)
+        return Tiles(256, 16, 16, 4 if head_size <= 128 else 8, 1, 512)
+    if head_size <= 128:
+        return Tiles(512, 32, 32, 2, 4, 264, 255, 1024)
+    return Tiles(512, 32, 32, 8, 3, 264, 255, 1024)
 
 
 def _launch(
@@ -270,12 +323,14 @@ def _launch(
     kv_heads = k_cache.shape[2]
     group, page = heads // kv_heads, 0 if block_table is None else k_cache.shape[1]
     capacity = k_cache.shape[1] if block_table is None else page * block_table.shape[1]
-    chunks = triton.cdiv(capacity, tiles.chunk)
+    chunks = triton.cdiv(capacity, tiles.chunk) + triton.cdiv(
+        min(capacity, tiles.fine), tiles.chunk
+    )  # of the fine ones there may be half a chunk less
     tile = min(tiles.rows, max(16, triton.next_power_of_2(rows * group)))
     row_tiles = triton.cdiv(rows * group, tile)
     slots = max(FEWEST_SLOTS, tiles.programs // (batch * kv_heads * row_tiles))
     slots = min(slots, chunks)
-    own = 0 if ancestry is None else rows * triton.cdiv(group, tile)
+    own = 0 if ancestry is None else triton.cdiv(rows * group, min(tile, OWN.value * group))
     single = q.dtype is torch.float32 or q.device.type == "cpu"  # the interpreter's bf16 is wrong
     tops = torch.empty(batch, rows, heads, chunks, dtype=torch.float32, device=q.device)
     totals = torch.empty_like(tops)
@@ -285,6 +340,7 @@ def _launch(
         "D": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "CHUNK": tiles.chunk,
+        "FINE": tiles.fine,
         "TREE": ancestry is not None,
         "enable_fp_fusion": False,
         **overlap(q),
@@ -297,9 +353,8 @@ def _launch(
         K_STRIDES=k_cache.stride()[1:], V_STRIDES=v_cache.stride()[1:], ROWS=tile,
         KEYS=tiles.keys, PAGE=page, WINDOW=window < UNBOUNDED,
         DOT=tl.float32 if single else tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16,
-        num_warps=tiles.warps,
-        # With fewer a tree in pages spills.
-        maxnreg=255 if page and ancestry is not None else tiles.registers,
+        # In pages a thread has addresses to keep as well: fewer rows each.
+        num_warps=max(tiles.warps, 4) if page else tiles.warps, maxnreg=tiles.registers,
         # The page's number is loaded as many stages ahead of K and V as they are of their use.
         num_stages=2 * tiles.stages - 1 if page else tiles.stages,
         **common,
