@@ -57,8 +57,8 @@ wheel: $(INSTALLED) ## build the wheel and try it away from the source
 sanitize: $(INSTALLED) ## C++ and its binding under AddressSanitizer and UBSan
 	.ci/sanitize $(VENV)
 
-sanitize-gpu: $(INSTALLED) ## every CUDA and Triton kernel at its smallest under compute-sanitizer
-	.ci/sanitize-gpu $(BIN)/python
+sanitize-gpu: $(INSTALLED) ## every CUDA and Triton kernel at its smallest under compute-sanitizer [REPORT=file]
+	.ci/sanitize-gpu $(BIN)/python $(REPORT)
 
 format: $(INSTALLED) ## let ruff rewrite
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -28,11 +28,19 @@ HEAD: dict[str, tuple[type, ...]] = {
     "command": (str,),
     "rows": (list,),
 }
-SIZES = ("V", "H", "R", "B", "K", "T", "k", "O", "Hq", "Hkv", "D", "S", "N", "prompts", "bytes")
+SIZES = (
+    "V", "H", "R", "B", "K", "T", "k", "O", "Hq", "Hkv", "D", "S", "N", "prompts", "bytes",
+    "draws", "tokens", "degrees",
+)  # fmt: skip
 EQUALITIES = ("rows_equal", "bytes_equal", "ids_equal")
-TEXTS = ("shape", "dtype", "law", "dataset", "mode", "schedule", "draft", "rule", "set", "op")
+TEXTS = (
+    "shape", "dtype", "law", "dataset", "mode", "schedule", "draft", "rule", "set", "op",
+    "launches", "children",
+)  # fmt: skip
 POSITIVE = re.compile(r"us|us_p20|us_p80|x_\w+|tokens_per_s|speedup|mean_acceptance_length")
 SHARES = ("ceiling_share", "floor_share", "efficiency")
+PROBABILITIES = {"p_value": 1e-3, "p_value_of_another_law": 0.0}
+"""And the least that they may be: a law is refused at or below the first."""
 
 
 def problems(path: Path, root: Path = ROOT) -> Iterator[str]:
@@ -93,6 +101,8 @@ def _row_problems(row: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: expected a number above 0, got {value!r}"
         elif name in SHARES and not (number and 0 < value < 1.2):
             yield f"{name}: expected a share, got {value!r}"
+        elif name in PROBABILITIES and not (number and PROBABILITIES[name] <= value <= 1):
+            yield f"{name}: expected {PROBABILITIES[name]} to 1, got {value!r}"
         elif number and not math.isfinite(value):
             yield f"{name}: expected a finite number, got {value!r}"
     if "us" in row and not row.get("us_p20", 0) <= row["us"] <= row.get("us_p80", math.inf):

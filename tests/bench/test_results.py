@@ -30,6 +30,8 @@ def test_in_order(path: Path) -> None:
         ({"rows": [{"x_linear": -1.0}]}, "x_linear: expected a number above 0"),
         ({"rows": [{"ids_equal": "yes"}]}, "ids_equal: expected true or false"),
         ({"rows": [{"ceiling_share": 45.0}]}, "ceiling_share: expected a share"),
+        ({"rows": [{"p_value": 1e-4}]}, "p_value: expected 0.001 to 1"),
+        ({"rows": [{"p_value_of_another_law": 1.5}]}, "another_law: expected 0.0 to 1"),
         ({"rows": [{"us": 3.0, "us_p20": 4.0}]}, "us_p20 <= us <= us_p80"),
     ],
 )

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 
 import eesd_kernels as ek
+from bench.joint_tables import World, chi_square, linear_counts
 from eesd_kernels import Law
 
 VOCAB = 5
@@ -143,50 +143,9 @@ def test_filtered_ids_never_come():
 
 
 def joint_pvalue(drawn: Law, rule: Law, *, round_base: bool = True) -> float:
-    """Chi-square of (first, second) token against p(x1) p(x2 | x1), over many seeds.
-
-    Rounds that emit one token are continued by a second round at the new base, so noise that a
-    round used beyond its accepted part would show here if it came again.
-    """
-    torch.manual_seed(5)
-    draws, first = 30_000, 2
-    p_logits = torch.randn(VOCAB, VOCAB) * 1.5  # row: previous token
-    q_logits = p_logits + torch.randn(VOCAB, VOCAB)
-
-    def full(n: int, value: int) -> torch.Tensor:
-        return torch.full((n,), value, dtype=torch.int32)
-
-    def one_round(previous: torch.Tensor, at: int, drafts: int, seeds: torch.Tensor):
-        n, base = len(previous), at if round_base else 0
-        token, ids, q_ids, q_probs, rows = previous, [], [], [], [p_logits[previous]]
-        for j in range(drafts):
-            values, order = q_logits[token].topk(3)
-            child, q = ek.sample_draft(
-                values, order.int(), torch.ones(n), full(n, drawn), 1, seeds,
-                full(n, at + j + 1), full(n, base),
-            )  # fmt: skip
-            token = child[:, 0].long()
-            ids.append(token.int())
-            q_ids.append(order.int())
-            q_probs.append(q)
-            rows.append(p_logits[token])
-        return ek.verify_linear(
-            torch.stack(rows, 1), torch.stack(ids, 1), full(n, drafts), torch.stack(q_ids, 1),
-            torch.stack(q_probs, 1), full(n, rule), torch.ones(n), full(n, 0), torch.ones(n),
-            torch.zeros(n), seeds, full(n, at), full(n, base),
-        )  # fmt: skip
-
-    seed = torch.arange(draws)
-    accepted, tokens, _ = one_round(torch.full((draws,), first), 10, 2, seed)
-    one, two = tokens[:, 0].long(), tokens[:, 1].long()
-    short = accepted == 0
-    assert 0.1 < short.float().mean() < 0.9
-    _, again, _ = one_round(one[short], 11, 1, seed[short])
-    two[short] = again[:, 0].long()
-    counts = torch.bincount(one * VOCAB + two, minlength=VOCAB * VOCAB)
-    p = p_logits.double().softmax(-1)
-    expected = (p[first][:, None] * p).flatten() * draws
-    return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
+    world = World(VOCAB, 3)
+    counts = linear_counts(world, drawn, rule, 30_000, round_base=round_base)
+    return chi_square(counts, world.law()).p_value
 
 
 @pytest.mark.parametrize("law", [Law.SAMPLED, Law.DETERMINISTIC, Law.COUPLED])

@@ -2,7 +2,7 @@
 
 `compute-sanitizer --tool memcheck python tests/gpu/every_op.py`, and `racecheck`, `initcheck`. Set
 PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own. Op names as
-arguments run these alone.
+arguments run these alone, `1/4` every fourth from the second on. `.ci/sanitize-gpu` does it all.
 """
 
 import sys
@@ -64,10 +64,18 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
             yield {**narrow, "q_ids": None, "q_probs": torch.rand(*probs.shape[:2], vocab)}
 
 
+def chosen(names: list[str]) -> list[str]:
+    """The ops that the arguments mean."""
+    if len(names) == 1 and "/" in names[0]:
+        first, step = map(int, names[0].split("/"))
+        return sorted(SAMPLES)[first::step]
+    return names or sorted(SAMPLES)
+
+
 def main(names: list[str]) -> None:
     """Run them; says how many calls it made."""
-    calls = 0
-    for name in names or sorted(SAMPLES):
+    calls, names = 0, chosen(names)
+    for name in names:
         torch.manual_seed(0)
         for given in cases(name):
             for apart in (False, True) if name.startswith("verify") else (False,):
@@ -77,7 +85,7 @@ def main(names: list[str]) -> None:
                 getattr(ek, name)(**there)
                 torch.cuda.synchronize()
                 calls += 1
-    print(f"{calls} calls of {len(names or SAMPLES)} ops")
+    print(f"{calls} calls of {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
 import eesd_kernels as ek
+from bench.joint_tables import Candidates, chi_square
 from eesd_kernels import Law, Purpose, reference
 from eesd_kernels._cpu import philox_words_cpu
 from eesd_kernels.reference.philox import race_exponential
@@ -197,51 +197,15 @@ LAWS = [
 ]  # fmt: skip
 
 
-def many(k: int, n: int, law: Law, temperature: float, stream: int) -> tuple[Tensor, Tensor]:
-    """Children by place `[DRAWS, n]` of one row of candidates, a key each; q `[k]`."""
-    g = torch.Generator().manual_seed(k)
-    values = torch.randn(k, generator=g).sort(descending=True).values.to(DEVICE)
-    ids = torch.randperm(k, generator=g).to(I32).to(DEVICE)
-    draw = torch.arange(DRAWS, device=DEVICE)
-    place = (draw % 1000).to(I32)
-    children, q = ek.sample_draft(
-        values.expand(DRAWS, k), ids.expand(DRAWS, k),
-        torch.full((DRAWS,), temperature, device=DEVICE), torch.full_like(place, int(law)), n,
-        draw // 1000 + stream * 10_000, place, place // 3, parent=place % 5,
-    )  # fmt: skip
-    place_of = torch.empty_like(ids)
-    place_of[ids.long()] = torch.arange(k, dtype=I32, device=DEVICE)
-    torch.testing.assert_close(
-        q[0].double(), (values.double() / temperature).softmax(0), rtol=1e-5, atol=1e-9
-    )
-    assert torch.equal(q, q[:1].expand_as(q))
-    return place_of[children.long()].long(), (values.double() / temperature).softmax(0).cpu()
-
-
-def pvalue(cells: Tensor, law: Tensor) -> float:
-    counts = torch.bincount(cells, minlength=law.numel()).cpu()
-    possible = law > 0
-    assert counts[~possible].sum() == 0
-    return float(stats.chisquare(counts[possible].numpy(), (law[possible] * DRAWS).numpy()).pvalue)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("law", "temperature"), LAWS)
 @pytest.mark.parametrize("k", [5, 17])
-def test_one_child_has_the_law(k: int, law: Law, temperature: float) -> None:
-    children, q = many(k, 1, law, temperature, 1)
-    assert pvalue(children[:, 0], q) > 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("law", "temperature"), LAWS)
-@pytest.mark.parametrize("k", [5, 17])
-def test_two_children_have_the_joint_law(k: int, law: Law, temperature: float) -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_children_have_the_joint_law(k: int, n: int, law: Law, temperature: float) -> None:
     """Without replacement, in the order drawn."""
-    children, q = many(k, 2, law, temperature, 2)
-    joint = q[:, None] * q[None, :] / (1 - q)[:, None]
-    joint.fill_diagonal_(0)
-    assert pvalue(children[:, 0] * k + children[:, 1], joint.flatten()) > 1e-3
+    row = Candidates(k, DEVICE)
+    counts = row.counts(n, law, temperature, DRAWS)
+    assert chi_square(counts, row.law(n, temperature)).p_value > 1e-3
 
 
 @pytest.mark.gpu
@@ -264,7 +228,8 @@ def test_neighbouring_draws_are_independent(next_to: str) -> None:
         )  # fmt: skip
         pair.append(children[:, 0].long())
     q = values.double().softmax(0).cpu()
-    assert pvalue(pair[0] * k + pair[1], (q[:, None] * q).flatten()) > 1e-3
+    counts = torch.bincount((pair[0] * k + pair[1]).cpu(), minlength=k * k)
+    assert chi_square(counts, q[:, None] * q).p_value > 1e-3
 
 
 @pytest.mark.gpu

@@ -10,10 +10,10 @@ import pytest
 import torch
 from drafted import dense, i32, linear_drafts, one_hot, settings
 from margins import CLEAR, with_margins
-from scipy import stats
 from torch import Tensor
 
 import eesd_kernels as ek
+from bench.joint_tables import World, chi_square, linear_counts
 from eesd_kernels import Law, reference
 from eesd_kernels._cpu import philox_words_cpu
 from eesd_kernels.triton import rows
@@ -367,55 +367,9 @@ def test_compiles_whole_and_passes_opcheck() -> None:
     torch.library.opcheck(op, [arguments[a.name] for a in op._schema.arguments])
 
 
-def joint_pvalue(drawn: Law, rule: Law, vocab: int, draws: int = 1_000_000) -> float:
-    """Chi-square of (first, second) token against p(x1) p(x2 | x1), one seed a draw.
-
-    Rounds that emit one token are continued by a second round at the new base, so noise that a
-    round used beyond its accepted part would show here if it came again.
-    """
-    torch.manual_seed(5)
-    start = 2
-    p_logits = torch.randn(vocab, vocab) * 1.5  # row: previous token
-    q_logits = p_logits + torch.randn(vocab, vocab)
-
-    def full(n: int, value: float) -> Tensor:
-        return torch.full((n,), value)
-
-    def one_round(previous: Tensor, at: int, drafts: int, seeds: Tensor) -> list[Tensor]:
-        n = len(previous)
-        place = full(n, at).int()
-        token, ids, q_ids, q_probs, logits = previous, [], [], [], [p_logits[previous]]
-        for j in range(drafts):
-            values, order = q_logits.topk(3)
-            listed = order.int()[token]
-            child, q = ek.sample_draft(
-                values[token], listed, full(n, 1.0), full(n, int(drawn)).int(), 1, seeds,
-                place + j + 1, place,
-            )  # fmt: skip
-            token = child[:, 0].long()
-            ids.append(child[:, 0])
-            q_ids.append(listed)
-            q_probs.append(q)
-            logits.append(p_logits[token])
-        return run({
-            "target_logits": torch.stack(logits, 1), "draft_ids": torch.stack(ids, 1),
-            "draft_length": full(n, drafts).int(), "q_ids": torch.stack(q_ids, 1),
-            "q_probs": torch.stack(q_probs, 1), "law": full(n, int(rule)).int(),
-            "temperature": full(n, 1.0), "top_k": None, "top_p": None, "min_p": None,
-            "seed": seeds, "position": place, "base": place,
-        })  # fmt: skip
-
-    seed = torch.arange(draws)
-    accepted, tokens, status = one_round(torch.full((draws,), start), 10, 2, seed)
-    assert not status.any()
-    one, two = tokens[:, 0].long(), tokens[:, 1].long()
-    short = accepted == 0
-    assert 0.1 < short.float().mean() < 0.9
-    two[short] = one_round(one[short], 11, 1, seed[short])[1][:, 0].long()
-    counts = torch.bincount(one * vocab + two, minlength=vocab * vocab)
-    p = p_logits.double().softmax(-1)
-    expected = (p[start][:, None] * p).flatten() * draws
-    return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
+def joint_pvalue(drawn: Law, rule: Law, vocab: int) -> float:
+    world = World(vocab, 3, "cuda")
+    return chi_square(linear_counts(world, drawn, rule, 1_000_000), world.law()).p_value
 
 
 @pytest.mark.gpu

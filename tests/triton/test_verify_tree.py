@@ -10,11 +10,11 @@ import pytest
 import torch
 from drafted import as_chain, dense, i32, linear_drafts, one_hot, settings
 from margins import CLEAR, with_margins
-from scipy import stats
 from torch import Tensor
 from trees import tree_drafts, without_filters, without_q
 
 import eesd_kernels as ek
+from bench.joint_tables import World, chi_square, tree_counts
 from eesd_kernels import Law, reference
 from eesd_kernels._cpu import philox_words_cpu
 from eesd_kernels.triton import rows
@@ -353,61 +353,9 @@ def test_compiles_whole_and_passes_opcheck() -> None:
     torch.library.opcheck(op, [arguments[a.name] for a in op._schema.arguments])
 
 
-def joint_pvalue(
-    shape: tuple[int, ...], drawn: Law, rule: Law, vocab: int, draws: int = 1_000_000
-) -> float:
-    """Chi-square of (first, second) token against p(x1) p(x2 | x1), one seed a draw.
-
-    `shape[d]` children for each node at depth d. Rounds that emit one token are continued by a
-    second at the new base, so noise used beyond an accepted part would show if it came again.
-    """
-    g = torch.Generator("cuda").manual_seed(5)
-    start = 2
-    p_logits = torch.empty(vocab, vocab, device="cuda").normal_(0, 1.5, generator=g)
-    q_values, q_order = (p_logits + torch.empty_like(p_logits).normal_(generator=g)).topk(4)
-
-    def full(n: int, value: float) -> Tensor:
-        return torch.full((n,), value, device="cuda")
-
-    def one_round(previous: Tensor, at: int, shape: tuple[int, ...], seeds: Tensor) -> list[Tensor]:
-        n = len(previous)
-        place, law = full(n, at).int(), full(n, int(drawn)).int()
-        ids, parent, level = [previous.int()], [-1], [0]
-        for depth, many in enumerate(shape):
-            nodes, level = level, []
-            for node in nodes:
-                token = ids[node].long()
-                children, _ = ek.sample_draft(
-                    q_values[token], q_order[token].int(), full(n, 1.0), law, many, seeds,
-                    place + depth + 1, place, parent=full(n, node).int(),
-                )  # fmt: skip
-                for sibling in range(many):
-                    level.append(len(ids))
-                    ids.append(children[:, sibling])
-                    parent.append(node)
-        tokens = torch.stack(ids, 1)
-        return run({
-            "target_logits": p_logits[tokens.long()], "node_ids": tokens,
-            "parent": i32(parent).cuda().expand(n, -1).contiguous(),
-            "num_nodes": full(n, len(ids)).int(),
-            "q_ids": q_order.int()[tokens.long()],
-            "q_probs": q_values.softmax(-1)[tokens.long()], "law": full(n, int(rule)).int(),
-            "temperature": full(n, 1.0), "top_k": None, "top_p": None, "min_p": None,
-            "seed": seeds, "position": place, "base": place,
-        })  # fmt: skip
-
-    seed = torch.arange(draws, device="cuda")
-    accepted, _, tokens, status = one_round(full(draws, start).long(), 10, shape, seed)
-    assert not status.any()
-    one, two = tokens[:, 0].long(), tokens[:, 1].long()
-    short = accepted == 0
-    assert 0.02 < short.float().mean() < 0.9
-    rest = one_round(one[short].cuda(), 11, shape[:1], seed[short.cuda()])
-    two[short] = rest[2][:, 0].long()
-    counts = torch.bincount(one * vocab + two, minlength=vocab * vocab)
-    p = p_logits.cpu().double().softmax(-1)
-    expected = (p[start][:, None] * p).flatten() * draws
-    return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
+def joint_pvalue(shape: tuple[int, ...], drawn: Law, rule: Law, vocab: int) -> float:
+    world = World(vocab, 4, "cuda")
+    return chi_square(tree_counts(world, shape, drawn, rule, 1_000_000), world.law()).p_value
 
 
 @pytest.mark.gpu
