@@ -130,7 +130,7 @@ def rollback_kv(
         cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
-        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice, FETCH=FETCH,
-        num_warps=max(1, per_slice * element // 512), **overlap(cache),
+        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
+        FETCH=FETCH, num_warps=max(1, per_slice * element // 512), **overlap(cache),
     )  # fmt: skip
     return new

@@ -142,8 +142,8 @@ def _attend_kernel(
     slots, capacity,
     K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, FINE: tl.constexpr,
-    KEYS: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
-    DOT: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
+    PDL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A slot's chunks of a tile of rows; behind those programs the tree nodes' own."""
     head, work = tl.program_id(0), tl.program_id(1)

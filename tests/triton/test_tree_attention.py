@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of a head's result, error over size: roundings of the weights and of the result. float32 differs
 # from float64 by its scores and its exp2. The interpreter truncates bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SMALL = Tiles(32, 16, 16, 4, 1, 512, fine=64)  # several chunks, of two tiles each, in a short context
+SMALL = Tiles(32, 16, 16, 4, 1, 512, fine=64)  # several chunks, of one tile and of two
 LENGTHS = [70, 33, 32, 31, 1, 0]
 PATHS = {"linear": False, "tree": True}
 CACHES = ("k_cache", "v_cache")
