@@ -20,6 +20,7 @@ from eesd_kernels.triton.launch import overlap
 SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
 GROUP = 8  # tokens in registers at once
 FETCH = True
+SPREAD = 4  # threads that share the tokens of a column: each works out fewer places
 PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -131,6 +132,6 @@ def rollback_kv(
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
         PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
-        FETCH=FETCH, num_warps=max(1, per_slice * element // 512), **overlap(cache),
+        FETCH=FETCH, num_warps=max(1, per_slice * element // 512) * SPREAD, **overlap(cache),
     )  # fmt: skip
     return new

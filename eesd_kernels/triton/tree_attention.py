@@ -78,11 +78,10 @@ def _begin_of(chunk, CHUNK: tl.constexpr, FINE: tl.constexpr):
 
 
 @triton.jit
-def _after(chunk, slots, first, end, CHUNK: tl.constexpr, FINE: tl.constexpr):
-    """The slot's next chunk: it has one alone, or every `slots`-th run of CHUNK keys."""
-    run, upper = _begin_of(chunk, CHUNK, FINE) // CHUNK, _begin_of(chunk + 1, CHUNK, FINE) // CHUNK
-    other = _chunk_of((run + slots) * CHUNK, CHUNK, FINE)
-    return tl.where(end - first <= slots, end, tl.where(upper == run, chunk + 1, other))
+def _start_of(tile, first, slots, CHUNK: tl.constexpr, KEYS: tl.constexpr):
+    """Where a program's tile begins: it has CHUNK keys from first on, and again `slots` further."""
+    EACH: tl.constexpr = CHUNK // KEYS
+    return first + (tile // EACH * slots * EACH + tile % EACH) * KEYS
 
 
 @triton.jit
@@ -196,58 +195,70 @@ def _attend_kernel(
     k_ptr += head.to(tl.int64) * K_STRIDES[1]
     v_ptr += head.to(tl.int64) * V_STRIDES[1]
     parts = (b * tl.num_programs(0) + head) * chunks  # of the scratch, T * GROUP rows each
-    first_chunk, end_chunk = _chunk_of(low, CHUNK, FINE), 0
+    # Tiles of this slot, `skip` to `tiles`: of one chunk, or of every `slots`-th run of CHUNK keys.
+    chunk, first = _chunk_of(low, CHUNK, FINE) + slot, (low // CHUNK + slot) * CHUNK
+    skip, tiles = tl.maximum(low - first, 0) // KEYS, length * 0
     if high > low:
-        end_chunk = _chunk_of(high - 1, CHUNK, FINE) + 1
-    chunk = first_chunk + slot
-    if end_chunk - first_chunk > slots:  # none before the first: it may be another program's
-        chunk = _chunk_of((low // CHUNK + slot) * CHUNK, CHUNK, FINE)
-        chunk = tl.maximum(chunk, first_chunk)
-    while chunk < end_chunk:
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS, 16], tl.float32)
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        begin = tl.maximum(_begin_of(chunk, CHUNK, FINE), low)
-        end = tl.minimum(_begin_of(chunk + 1, CHUNK, FINE), high)
-        steps = tl.cdiv(end - begin, KEYS)
-        if TREE:
-            shared = tl.minimum(tl.maximum(length // KEYS * KEYS - begin, 0) // KEYS, steps)
+        if _chunk_of(high - 1, CHUNK, FINE) - _chunk_of(low, CHUNK, FINE) < slots:
+            first, skip = tl.maximum(_begin_of(chunk, CHUNK, FINE), low), length * 0
+            end = tl.minimum(_begin_of(chunk + 1, CHUNK, FINE), high)
+            tiles = tl.cdiv(tl.maximum(end - first, 0), KEYS)
+        elif first < high:
+            runs = tl.cdiv(high - first, CHUNK * slots)
+            over = first + ((runs - 1) * slots + 1) * CHUNK - high
+            tiles = runs * (CHUNK // KEYS) - tl.maximum(over, 0) // KEYS
+    steps = tl.maximum(tiles - skip, 0)
+    if TREE:
+        shared = steps
+        if own:
+            shared = tl.maximum(length // KEYS * KEYS - first, 0) // KEYS - skip
+            shared = tl.minimum(tl.maximum(shared, 0), steps)
             steps = shared + (steps - shared) * nodes
-        for step in tl.range(0, steps):
-            start, mine = begin + step * KEYS, in_rows
-            if TREE:
-                turn = tl.maximum(step - shared, 0)  # a tile's nodes come one after the other
-                start = begin + (tl.minimum(step, shared) + turn // nodes) * KEYS
-                now = node + turn % nodes
-                mine = (step < shared) | (row // GROUP == now)
-            key = start + tl.arange(0, KEYS)
-            inside = key < end
-            offset = key
-            if TREE:  # noqa: SIM102, a constant and what is only known in the kernel
-                if step >= shared:
-                    leader = tl.maximum(now * GROUP, first_row)
-                    line = _members(tl.sum(tl.where(row == leader, masks, 0), 0), now)
-                    place = tl.where(line == 1, tl.cumsum(line, 1) - 1, -1)
-                    here = place == (key - length)[:, None]
-                    ancestor = tl.sum(tl.where(here, tl.arange(0, NODES)[None, :], 0), 1)
-                    offset = tl.where(key < length, key, length + ancestor)
-            if PAGE:
-                page = tl.load(table_ptr + offset // PAGE, mask=inside, other=0).to(tl.int64)
-                offset = offset % PAGE
-            else:  # a contiguous cache is one page a sequence
-                page = b
-            k = _load_tile(k_ptr, k_stride, page, offset, inside, K_STRIDES, D, BLOCK_D, DOT)
-            v = _load_tile(v_ptr, v_stride, page, offset, inside, V_STRIDES, D, BLOCK_D, DOT)
-            seen = (key[None, :] <= position[:, None]) & mine[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            top, total, acc = _add_tile(q, k, v, seen, top, total, acc, scale)
-        at = (parts + chunk) * T * GROUP + row
-        tl.store(tops_ptr + at, top, mask=in_rows)
-        tl.store(totals_ptr + at, tl.max(total, 1), mask=in_rows)
-        inside = in_rows[:, None] & (d < D)[None, :]
-        tl.store(accs_ptr + (at[:, None] * D + d[None, :]), acc, mask=inside)
-        chunk = _after(chunk, slots, first_chunk, end_chunk, CHUNK, FINE)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS, 16], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, steps):
+        tile, after, mine = step, step + 1, in_rows
+        if TREE:  # a tile's nodes come one after the other
+            turn = tl.maximum(step - shared, 0)
+            now = node + turn % nodes
+            mine = (step < shared) | (row // GROUP == now)
+            tile = tl.minimum(step, shared) + turn // nodes
+            after = tl.minimum(after, shared) + tl.maximum(after - shared, 0) // nodes
+        start = _start_of(tile + skip, first, slots, CHUNK, KEYS)
+        chunk = _chunk_of(start, CHUNK, FINE)
+        after = _chunk_of(_start_of(after + skip, first, slots, CHUNK, KEYS), CHUNK, FINE)
+        key = start + tl.arange(0, KEYS)
+        inside = key < high
+        offset = key
+        if TREE:  # noqa: SIM102, a constant and what is only known in the kernel
+            if step >= shared:
+                leader = tl.maximum(now * GROUP, first_row)
+                line = _members(tl.sum(tl.where(row == leader, masks, 0), 0), now)
+                place = tl.where(line == 1, tl.cumsum(line, 1) - 1, -1)
+                here = place == (key - length)[:, None]
+                ancestor = tl.sum(tl.where(here, tl.arange(0, NODES)[None, :], 0), 1)
+                offset = tl.where(key < length, key, length + ancestor)
+        if PAGE:
+            page = tl.load(table_ptr + offset // PAGE, mask=inside, other=0).to(tl.int64)
+            offset = offset % PAGE
+        else:  # a contiguous cache is one page a sequence
+            page = b
+        k = _load_tile(k_ptr, k_stride, page, offset, inside, K_STRIDES, D, BLOCK_D, DOT)
+        v = _load_tile(v_ptr, v_stride, page, offset, inside, V_STRIDES, D, BLOCK_D, DOT)
+        seen = (key[None, :] <= position[:, None]) & mine[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        top, total, acc = _add_tile(q, k, v, seen, top, total, acc, scale)
+        if (step + 1 == steps) | (after != chunk):  # the loads of the next chunk are on their way
+            at = (parts + chunk) * T * GROUP + row
+            tl.store(tops_ptr + at, top, mask=in_rows)
+            tl.store(totals_ptr + at, tl.max(total, 1), mask=in_rows)
+            held = in_rows[:, None] & (d < D)[None, :]
+            tl.store(accs_ptr + (at[:, None] * D + d[None, :]), acc, mask=held)
+            top = tl.full([ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([ROWS, 16], tl.float32)
+            acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
 
 
 @triton.jit(do_not_specialize=["window", "T", "chunks", "capacity"])
@@ -353,8 +364,8 @@ def _launch(
         K_STRIDES=k_cache.stride()[1:], V_STRIDES=v_cache.stride()[1:], ROWS=tile,
         KEYS=tiles.keys, PAGE=page, WINDOW=window < UNBOUNDED,
         DOT=tl.float32 if single else tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16,
-        # In pages a thread has addresses to keep as well: fewer rows each.
-        num_warps=max(tiles.warps, 4) if page else tiles.warps, maxnreg=tiles.registers,
+        # In pages and trees a thread has addresses to keep as well: fewer numbers each.
+        num_warps=max(tiles.warps, 4 if page or own else 0), maxnreg=tiles.registers,
         # The page's number is loaded as many stages ahead of K and V as they are of their use.
         num_stages=2 * tiles.stages - 1 if page else tiles.stages,
         **common,
