@@ -16,6 +16,8 @@ import torch
 
 Call = Callable[[], object]
 L2_MULTIPLE = 3  # inputs rotate past three times the L2
+WARM_REPLAYS, FEWEST_REPLAYS = 3, 12
+SECONDS = 0.5  # of replays, all contenders together, beyond the fewest
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def input_sets(bytes_each: int, device: str) -> int:
 def measure(
     contenders: dict[str, Sequence[Call]], device: str, *, quick: bool, replays: int = 60
 ) -> dict[str, Times]:
-    """Times of each contender on this device; so many replays on a GPU."""
+    """Times of each contender on this device; on a GPU so many replays, or fewer of slow ones."""
     if device == "cpu":
         return _on_cpu(contenders, repeats=3 if quick else 25)
     return _on_cuda(contenders, replays=5 if quick else replays)
@@ -108,14 +110,17 @@ def _on_cuda(contenders: dict[str, Sequence[Call]], replays: int) -> dict[str, T
                 for call in calls:
                     call()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for replay in range(replays + 3):
+    begun = time.perf_counter()
+    for replay in range(replays + WARM_REPLAYS):
+        if replay >= WARM_REPLAYS + FEWEST_REPLAYS and time.perf_counter() - begun > SECONDS:
+            break
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if replay >= 3:
+            if replay >= WARM_REPLAYS:
                 samples[name].append(start.elapsed_time(end) * 1e3 / counts[name])
     return {name: Times.of(s) for name, s in samples.items()}
 
