@@ -1,8 +1,7 @@
 """`y = x / sqrt(mean(x^2) + eps) * weight`, `[R, H]`: one program a row, which it reads once.
 
 A row of more than `BLOCK` numbers is read twice, the second time from the cache. There is no form
-with a residual: `linear` adds the residual to its product, and what it writes is normalised here
-or, in bfloat16, within the next `linear`.
+with a residual: `linear` adds the residual to its product, and what it writes is normalised here.
 """
 
 import torch

@@ -1,6 +1,5 @@
 """The native decoder against itself: in blocks, beside other rows, in chunks, without a cache."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {**GROUPED, "sliding_window": 300}),
     "qwen3": ("Qwen3", {**GROUPED, "attention_bias": True, "layer_types": ALTERNATING}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,7 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3 against transformers on the same folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **SOME,
 }
 FAMILIES = list(OF_FAMILY)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:

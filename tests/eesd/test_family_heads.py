@@ -1,7 +1,6 @@
 """Exit heads of each family: trained, saved, loaded, drafting; the parts that a family adds."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ ADDED: dict[str, set[str]] = {
     | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
 }
 WINDOWS = {"Llama": None, "Mistral": 20, "Qwen2": 20, "Qwen3": 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

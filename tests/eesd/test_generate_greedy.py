@@ -1,7 +1,7 @@
 """Greedy speculative text is plain decoding's, token for token, whatever is drafted."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,6 @@ PROMPT_SETS = [
     pytest.param("gsm8k_test", marks=pytest.mark.slow),
     pytest.param("humaneval", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- helpers

@@ -1,6 +1,6 @@
 """Sampled speculative text has plain sampling's law, jointly; coupled, its very tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,6 @@ from eesd_kernels import Law
 DRAWS = 20_000
 # Under a flat posterior lengths 0, 1 and 2 are equally good, so the length is the draw's.
 COSTS = {"prefix": 0.1, "exit": 0.2, "rest": (1.0, 1.25, 1.32)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- texts
