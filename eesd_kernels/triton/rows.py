@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton.launch import architecture, overlap
-from eesd_kernels.triton.random import race_noise, words_of_block
+from eesd_kernels.triton.random import race_noise, words_of_tile
 from eesd_kernels.triton.splits import (
     COUPLED,
     DETERMINISTIC,
@@ -33,19 +33,23 @@ from eesd_kernels.triton.splits import (
     depth_of,
     exponent,
     finite_or_zero,
-    load_split,
+    first_of,
+    ids_of,
+    lowered,
     merge_races,
     pick,
     race_split,
     raw_split,
+    sum_of,
     without,
     without_children,
 )
 
-SPLIT = 2048  # ids of a split, or more:
+SPLIT = 1024  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
-FOLD_BELOW = 1 << 20  # logits
-PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads ahead
+LANES = 32  # ids of a split in a thread: few warps, so that few wait for one another
+FOLD_BELOW = 1 << 21  # logits
+PROGRAMS = 2112  # of `statistics`: of more splits, each takes several
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -74,22 +78,17 @@ def _statistics_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-    cutoff = float("-inf")
-    if cutoff_ptr is not None:
-        cutoff = tl.load(cutoff_ptr + b * rows + row)
     live, law = tl.load(live_ptr + b), tl.load(law_ptr + b)
     temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
     position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
+    raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
     if FOLD:  # the row's own load waits for nothing
-        raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         if parent_ptr is None:
             child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
         if q_ids_ptr is not None:
             some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
             listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
     if row < tl.maximum(live, 0) + BONUS:
-        if not FOLD:
-            raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         c, sampled = exponent(temperature), temperature > 0
         racing, place = sampled & (FOLD | (law == COUPLED)), position + 1
         if racing:
@@ -98,38 +97,39 @@ def _statistics_kernel(
                 depth = depth_of(parent_ptr + b * rows, row)
             place, base = place + depth, tl.where(law == COUPLED, 0, base)
         for split in range(program, splits, tl.num_programs(2)):
-            first, onward = split * BLOCK, (split + tl.num_programs(2)) * BLOCK
-            later = raw_split(row_ptr, onward, vocab, BLOCK)  # on its way meanwhile
-            ids, x = first + tl.arange(0, BLOCK), raw.to(tl.float32)
-            x = tl.where(x < cutoff, float("-inf"), x)  # NaN stays
-            noise = tl.zeros((BLOCK,), tl.float32)
+            first = split * BLOCK
+            x = raw.to(tl.float32)
+            if cutoff_ptr is not None:  # NaN stays
+                x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
             if racing:
-                noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
-            top = tl.max(x, 0)
-            total = tl.sum(tl.exp2((x - finite_or_zero(top)) * c), 0)
-            key, who = float("inf"), tl.full([], 0, tl.int32) + first
-            if not sampled:
-                who = tl.min(tl.where(x == top, ids, NO_ID), 0)
-            elif racing:
+                noise = race_noise(words_of_tile(first, place, base, TARGET, seed, BLOCK))
                 if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
                     if law != COUPLED and row < live:
                         if law == DETERMINISTIC or q_ids_ptr is None:
                             if parent_ptr is None:
-                                x = tl.where(ids == child, float("-inf"), x)
+                                noise = tl.where(ids_of(first, BLOCK) == child, float("inf"), noise)
                             else:
-                                x = without_children(
-                                    x, ids, first, child_ptr + b * rows, parent_ptr + b * rows,
+                                noise = without_children(
+                                    noise, first, child_ptr + b * rows, parent_ptr + b * rows,
                                     row, live, CHILDREN, BLOCK,
                                 )  # fmt: skip
                         elif q_ids_ptr is not None:
-                            x = without(x, ids, first, listed, list_ptr, k, BLOCK)
-                key, who = race_split(x, ids, top, c, noise)
+                            noise = without(noise, first, listed, list_ptr, k, BLOCK)
+                top, d = lowered(x, c)
+                total = sum_of(tl.exp2(d))
+                key, who = race_split(d, noise, first, BLOCK)
+            else:
+                top, d = lowered(x, c)
+                total = sum_of(tl.exp2(d))
+                key, who = float("inf"), tl.full([], 0, tl.int32) + first
+                if not sampled:
+                    who = first_of(x == top, first, BLOCK)
             at = partial_ptr + (b * rows + row) * 4 * splits + split
             tl.store(at + TOP * splits, top)
             tl.store(at + SUM * splits, total)
             tl.store(at + KEY * splits, key)
             tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
-            raw = later
+            raw = raw_split(row_ptr, first + tl.num_programs(2) * BLOCK, vocab, BLOCK)
 
 
 @triton.jit
@@ -147,19 +147,19 @@ def _race_kernel(
     seed, base = tl.load(seed_ptr + b), tl.load(base_ptr + b)
     position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
     if row >= 0:
-        cutoff = float("-inf")
-        if cutoff_ptr is not None:
-            cutoff = tl.load(cutoff_ptr + b * rows + row)
         row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
+        x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
         some, list_ptr = tl.arange(0, COUNT), excluded_ptr + b * count
         listed = tl.load(list_ptr + some, mask=some < count, other=-1)
         at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
         top = tl.load(at + split)
         position += tl.load(stop + DEPTH) + 1
-        noise = race_noise(words_of_block(first, position, base, TARGET, seed, BLOCK))
-        x = without(x, ids, first, listed, list_ptr, count, BLOCK)
-        key, who = race_split(x, ids, top, c, noise)
+        noise = race_noise(words_of_tile(first, position, base, TARGET, seed, BLOCK))
+        noise = without(noise, first, listed, list_ptr, count, BLOCK)
+        if cutoff_ptr is not None:
+            x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
+        below = (x - finite_or_zero(top)) * c
+        key, who = race_split(below, noise, first, BLOCK)
         mine = candidate_ptr + b * 2 * splits
         tl.store(mine + split, key.to(tl.int32, bitcast=True))
         tl.store(mine + splits + split, who)
@@ -184,7 +184,7 @@ def _race_kernel(
 def split_of(vocab: int) -> tuple[int, int]:
     """ids of a split, warps of its program: a function of V alone."""
     split = max(SPLIT, triton.next_power_of_2(triton.cdiv(vocab, MOST_SPLITS)))
-    return split, 4 if split <= 2048 else 8
+    return split, max(1, split // LANES // 32)
 
 
 def splits_of(vocab: int) -> int:
