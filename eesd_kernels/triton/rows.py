@@ -30,6 +30,7 @@ from eesd_kernels.triton.splits import (
     DETERMINISTIC,
     NO_ID,
     TARGET,
+    children_of,
     depth_of,
     exponent,
     finite_or_zero,
@@ -42,14 +43,13 @@ from eesd_kernels.triton.splits import (
     raw_split,
     sum_of,
     without,
-    without_children,
 )
 
-SPLIT = 1024  # ids of a split, or more:
+SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
-LANES = 32  # ids of a split in a thread: few warps, so that few wait for one another
-FOLD_BELOW = 1 << 21  # logits
-PROGRAMS = 2112  # of `statistics`: of more splits, each takes several
+EACH = 16  # ids of a split in a thread: 8 lost where all rows race, 32 and 64 nearly everywhere
+FOLD_BELOW = 1 << 20  # logits
+PROGRAMS = 2112  # of `statistics`: of more splits, each takes several and loads ahead
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -69,10 +69,10 @@ ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, count
 def _statistics_kernel(
     logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
     position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
-    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr,
+    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, LOOP: tl.constexpr,
     BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every `num_programs(2)`-th split of a row, from the program's own on."""
+    """Every `num_programs(2)`-th split of a row, from the program's own on; one if not LOOP."""
     b, row, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -96,27 +96,30 @@ def _statistics_kernel(
             if parent_ptr is not None:
                 depth = depth_of(parent_ptr + b * rows, row)
             place, base = place + depth, tl.where(law == COUPLED, 0, base)
-        for split in range(program, splits, tl.num_programs(2)):
+        step = tl.num_programs(2) if LOOP else 1
+        for split in range(program, splits if LOOP else program + 1, step):
             first = split * BLOCK
+            if LOOP:  # on its way meanwhile
+                later = raw_split(row_ptr, first + step * BLOCK, vocab, BLOCK)
             x = raw.to(tl.float32)
             if cutoff_ptr is not None:  # NaN stays
                 x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
             if racing:
                 noise = race_noise(words_of_tile(first, place, base, TARGET, seed, BLOCK))
+                top, d = lowered(x, c)
+                total = sum_of(tl.exp2(d))
                 if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
                     if law != COUPLED and row < live:
                         if law == DETERMINISTIC or q_ids_ptr is None:
                             if parent_ptr is None:
-                                noise = tl.where(ids_of(first, BLOCK) == child, float("inf"), noise)
+                                d = tl.where(ids_of(first, BLOCK) == child, float("-inf"), d)
                             else:
-                                noise = without_children(
-                                    noise, first, child_ptr + b * rows, parent_ptr + b * rows,
-                                    row, live, CHILDREN, BLOCK,
-                                )  # fmt: skip
+                                theirs = children_of(
+                                    row, child_ptr + b * rows, parent_ptr + b * rows, live, CHILDREN
+                                )
+                                d = without(d, first, theirs, BLOCK)
                         elif q_ids_ptr is not None:
-                            noise = without(noise, first, listed, list_ptr, k, BLOCK)
-                top, d = lowered(x, c)
-                total = sum_of(tl.exp2(d))
+                            d = without(d, first, listed, BLOCK)
                 key, who = race_split(d, noise, first, BLOCK)
             else:
                 top, d = lowered(x, c)
@@ -129,7 +132,8 @@ def _statistics_kernel(
             tl.store(at + SUM * splits, total)
             tl.store(at + KEY * splits, key)
             tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
-            raw = raw_split(row_ptr, first + tl.num_programs(2) * BLOCK, vocab, BLOCK)
+            if LOOP:
+                raw = later
 
 
 @triton.jit
@@ -149,16 +153,16 @@ def _race_kernel(
     if row >= 0:
         row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
         x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
-        some, list_ptr = tl.arange(0, COUNT), excluded_ptr + b * count
-        listed = tl.load(list_ptr + some, mask=some < count, other=-1)
+        some = tl.arange(0, COUNT)
+        listed = tl.load(excluded_ptr + b * count + some, mask=some < count, other=-1)
         at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
         top = tl.load(at + split)
         position += tl.load(stop + DEPTH) + 1
         noise = race_noise(words_of_tile(first, position, base, TARGET, seed, BLOCK))
-        noise = without(noise, first, listed, list_ptr, count, BLOCK)
         if cutoff_ptr is not None:
             x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
         below = (x - finite_or_zero(top)) * c
+        below = without(below, first, listed, BLOCK)
         key, who = race_split(below, noise, first, BLOCK)
         mine = candidate_ptr + b * 2 * splits
         tl.store(mine + split, key.to(tl.int32, bitcast=True))
@@ -184,7 +188,7 @@ def _race_kernel(
 def split_of(vocab: int) -> tuple[int, int]:
     """ids of a split, warps of its program: a function of V alone."""
     split = max(SPLIT, triton.next_power_of_2(triton.cdiv(vocab, MOST_SPLITS)))
-    return split, max(1, split // LANES // 32)
+    return split, max(1, split // EACH // 32)
 
 
 def splits_of(vocab: int) -> int:
@@ -245,8 +249,9 @@ def statistics(
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
-        BONUS=bonus, FOLD=fold, BLOCK=block, CHILDREN=triton.next_power_of_2(children),
-        WIDTH=triton.next_power_of_2(k), num_warps=warps,
+        BONUS=bonus, FOLD=fold, LOOP=programs < splits, BLOCK=block,
+        CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
+        num_warps=warps,
         # Else ptxas spills a word to fit a program more.
         maxnreg=255 if spills else None, **overlap(logits),
     )  # fmt: skip

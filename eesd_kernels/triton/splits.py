@@ -87,28 +87,26 @@ def first_of(chosen, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def without(noise, first, listed, list_ptr, count, BLOCK: tl.constexpr):
-    """A tile's noise, +inf at the listed ids: a vector, and in memory `count` from `list_ptr`."""
-    if tl.max(((listed >= first) & (listed < first + BLOCK)).to(tl.int32), 0) > 0:
-        for i in range(count):
-            out = ids_of(first, BLOCK) == tl.load(list_ptr + i)
-            noise = tl.where(out, float("inf"), noise)
-    return noise
+def without(below, first, listed, BLOCK: tl.constexpr):
+    """`lowered`'s tile, -inf at the listed ids.
+
+    Of the tile that was loaded: a branch keeps its layout, and would give noise one of its own.
+    """
+    left = tl.where((listed >= first) & (listed < first + BLOCK), listed, NO_ID)
+    out = tl.min(left, 0)
+    while out < NO_ID:  # seldom more than one
+        below = tl.where(ids_of(first, BLOCK) == out, float("-inf"), below)
+        left = tl.where(left == out, NO_ID, left)
+        out = tl.min(left, 0)
+    return below
 
 
 @triton.jit
-def without_children(noise, first, child_ptr, parent_ptr, row, count, COUNT: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
-    """The same with the nodes' tokens `[count]` of which `row` is the parent."""
+def children_of(row, token_ptr, parent_ptr, count, COUNT: tl.constexpr):
+    """The nodes' tokens `[count]` of which `row` is the parent; -1 for the others."""
     at = tl.arange(0, COUNT)
-    token = tl.load(child_ptr + at, mask=at < count, other=-1)
-    mine = tl.load(parent_ptr + at, mask=at < count, other=-2) == row
-    if tl.max((mine & (token >= first) & (token < first + BLOCK)).to(tl.int32), 0) > 0:
-        for i in range(count):
-            if tl.load(parent_ptr + i) == row:
-                out = ids_of(first, BLOCK) == tl.load(child_ptr + i)
-                noise = tl.where(out, float("inf"), noise)
-    return noise
+    token = tl.load(token_ptr + at, mask=at < count, other=-1)
+    return tl.where(tl.load(parent_ptr + at, mask=at < count, other=-2) == row, token, -1)
 
 
 @triton.jit
