@@ -3,32 +3,93 @@
 import triton
 import triton.language as tl
 
+from eesd_kernels.triton.levels import above_zero
 from eesd_kernels.triton.random import words_of_ids
 from eesd_kernels.triton.splits import NO_ID, TARGET, key_of, winner
 
 
 @triton.jit
-def chosen_of(values, chosen, none):
-    """Of each row of a tile the chosen one of `values`, along the tile's columns; or `none`."""
-    return tl.max(tl.where(chosen, values[None, :], none), 1)
+def lineage(parent, t, node, NODES: tl.constexpr):
+    """Of each node its depth, first child, number among its siblings, next sibling, and freshness.
 
-
-@triton.jit
-def next_child(parent, node, after, NODES: tl.constexpr):
-    """Each node's first child behind `after`, NODES where there is none."""
-    theirs = (parent[None, :] == node[:, None]) & (node[None, :] > after[:, None])
-    return tl.min(tl.where(theirs, node[None, :], NODES), 1)
-
-
-@triton.jit
-def depths(parent_ptr, parent):
-    """Steps from the root; a parent of -1 is none."""
+    parent: -1 for none, else below the node. Where there is no child or sibling: NODES. A node is
+    fresh unless a sibling before it has its token.
+    """
     depth, up = (parent >= 0).to(tl.int32), parent
     while tl.max(up, 0) > 0:
-        above = tl.load(parent_ptr + up, mask=up > 0, other=-1)
-        up = tl.where(above < up, above, -1)
+        up = tl.where(up > 0, tl.gather(parent, tl.maximum(up, 0), 0), -1)
         depth += (up >= 0).to(tl.int32)
-    return depth
+    other = node[None, :]
+    first = tl.min(tl.where(parent[None, :] == node[:, None], other, NODES), 1)
+    same = (parent[None, :] == parent[:, None]) & (parent >= 0)[:, None]
+    following = tl.min(tl.where(same & (other > node[:, None]), other, NODES), 1)
+    same = same & (other < node[:, None])
+    sibling = tl.sum(same.to(tl.int32), 1)
+    fresh = tl.max((same & (t[None, :] == t[:, None])).to(tl.int32), 1) == 0
+    return depth, first, sibling, following, fresh
+
+
+@triton.jit
+def pack(word, place, following):
+    """What the test of a child needs of it in one number: its uniform's bits, and two below 128."""
+    return (word >> 8).to(tl.int64) | (place << 24).to(tl.int64) | (following.to(tl.int64) << 32)
+
+
+@triton.jit
+def uniform_of(facts):
+    """`accept_uniform`, float64."""
+    return (facts.to(tl.int32) & 0xFFFFFF).to(tl.float64) * (1.0 / (1 << 24))
+
+
+@triton.jit
+def offer_fixed(p_t, s, offered, first, most, NODES: tl.constexpr):
+    """Each node's first child that stands, or NODES, where children are not drawn.
+
+    p_t: of the nodes in their parents' rows, float32; -1: offered in vain. s: the rows'
+    normalisers. offered: of `pack`. most: children of a node at most.
+    """
+    child, onward = first, tl.full([NODES], NODES, tl.int32)
+    for _ in range(most):
+        there, here = child < NODES, tl.minimum(child, NODES - 1)
+        facts = tl.gather(offered, here, 0)
+        r = tl.where(there & (onward == NODES), tl.gather(p_t, here, 0), -1.0).to(tl.float64)
+        stands = uniform_of(facts) * s < r
+        s = tl.where(r > 0, above_zero(s - r), s)
+        onward = tl.where(stands, child, onward)
+        child = tl.where(there, (facts >> 32).to(tl.int32), NODES)
+    return onward
+
+
+@triton.jit
+def offer_drawn(
+    r, w, norm, offered, first, most, NODES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The same of children drawn without replacement, and what they leave of r.
+
+    r, w: of p and of the laws on the laws' ids `[NODES, WIDTH]`.
+    """
+    col = tl.arange(0, WIDTH)[None, :]
+    outside = above_zero(norm - tl.sum(r, 1))
+    w_all = tl.sum(w.to(tl.float64), 1)
+    child, onward = first, tl.full([NODES], NODES, tl.int32)
+    for _ in range(most):
+        there, here = child < NODES, tl.minimum(child, NODES - 1)
+        facts = tl.gather(offered, here, 0)
+        place = (facts >> 24).to(tl.int32) & 127
+        drawn = there & (onward == NODES) & (place < WIDTH) & (w_all != 0)
+        at_place = (col == place[:, None]) & drawn[:, None]
+        s = tl.sum(r, 1) + outside
+        w_c = tl.sum(tl.where(at_place, w, 0.0), 1).to(tl.float64)
+        r_c = tl.sum(tl.where(at_place, r, 0.0), 1)
+        stands = drawn & (uniform_of(facts) * w_c * s < r_c * w_all)
+        fell = (drawn & (stands == 0))[:, None]
+        less = above_zero(r - (s / w_all)[:, None] * w.to(tl.float64))
+        r = tl.where(fell, tl.where(at_place, 0.0, less), r)
+        w = tl.where(at_place & fell, 0.0, w)
+        w_all = tl.sum(w.to(tl.float64), 1)
+        onward = tl.where(stands, child, onward)
+        child = tl.where(there, (facts >> 32).to(tl.int32), NODES)
+    return onward, r
 
 
 @triton.jit

@@ -63,11 +63,21 @@ def log_race(word):
 
 
 @triton.jit
-def words_of_block(first, position, base, purpose, seed, N: tl.constexpr):
-    """The words `[N]` of the ids from `first` on, one Philox call four; both multiples of 4."""
-    index = first // 4 + tl.arange(0, N // 4)
+def words_of_tile(first, position, base, purpose, seed, N: tl.constexpr):
+    """The words `[N / 4, 4]` of the ids from `first` on, a Philox call a row; multiples of 4.
+
+    A thread that has whole rows of a tile of logits has their words where it needs them.
+    """
+    index = first // 4 + tl.arange(0, N // 4)[:, None]
     w0, w1, w2, w3 = words_of(index, position, base, purpose, seed)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
+    lane = tl.arange(0, 4)[None, :]
+    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def words_of_block(first, position, base, purpose, seed, N: tl.constexpr):
+    """The same as `[N]`."""
+    return tl.reshape(words_of_tile(first, position, base, purpose, seed, N), (N,))
 
 
 @triton.jit
@@ -81,17 +91,16 @@ def race_noise(word):
     u = tl.fma(odd.to(tl.float32), 1.0 / (1 << 32), 0.5 / (1 << 32))
     u = tl.minimum(u, 1.0 - 1.0 / (1 << 24))
     y = 1.0 - u
-    # y = m 2^e with m in [sqrt(1/2), sqrt(2)); where e is 0, m - 1 is -u without y's rounding.
-    bits = y.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
-    r = tl.where(e == 0, -u, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
-    # (log1p(r) - r) / r^2: the best of degree 7 on that range, by Lawson's iteration in float64.
-    q = tl.fma(r, 0.08994706720113754, -0.14417777955532074)
-    q = tl.fma(r, q, 0.14874641597270966)
-    q = tl.fma(r, q, -0.1655304729938507)
-    q = tl.fma(r, q, 0.19964511692523956)
-    q = tl.fma(r, q, -0.25002521276474)
-    q = tl.fma(r, q, 0.33333900570869446)
-    q = tl.fma(r, q, -0.49999985098838806)
-    log1p = tl.fma(r * r, q, r)
-    return -tl.fma(e.to(tl.float32), 0.6931471805599453, log1p)
+    # y = m / scale, m in [sqrt(1/2), sqrt(2)) and scale a power of two; s = 1 - m, rounded once.
+    exponent = (y.to(tl.int32, bitcast=True) - 0x3F3504F3) & -0x800000
+    scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+    s = tl.fma(scale, u, 1.0 - scale)
+    # (-log1p(-s) - s) / s^2: the best of degree 7 on that range, by Lawson's iteration in float64.
+    q = tl.fma(s, 0.08994706720113754, 0.14417777955532074)
+    q = tl.fma(s, q, 0.14874641597270966)
+    q = tl.fma(s, q, 0.1655304729938507)
+    q = tl.fma(s, q, 0.19964511692523956)
+    q = tl.fma(s, q, 0.25002521276474)
+    q = tl.fma(s, q, 0.33333900570869446)
+    q = tl.fma(s, q, 0.49999985098838806)
+    return tl.fma(exponent.to(tl.float32), -0.6931471805599453 / (1 << 23), tl.fma(s * s, q, s))

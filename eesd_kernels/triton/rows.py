@@ -24,28 +24,32 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton.launch import architecture, overlap
-from eesd_kernels.triton.random import race_noise, words_of_block
+from eesd_kernels.triton.random import race_noise, words_of_tile
 from eesd_kernels.triton.splits import (
     COUPLED,
     DETERMINISTIC,
     NO_ID,
     TARGET,
+    children_of,
     depth_of,
     exponent,
     finite_or_zero,
-    load_split,
+    first_of,
+    ids_of,
+    lowered,
     merge_races,
     pick,
     race_split,
     raw_split,
+    sum_of,
     without,
-    without_children,
 )
 
 SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
+EACH = 16  # ids of a split in a thread: 8 lost where all rows race, 32 and 64 nearly everywhere
 FOLD_BELOW = 1 << 20  # logits
-PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads ahead
+PROGRAMS = 2112  # of `statistics`: of more splits, each takes several and loads ahead
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -65,31 +69,26 @@ ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, count
 def _statistics_kernel(
     logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
     position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
-    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr,
+    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, LOOP: tl.constexpr,
     BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every `num_programs(2)`-th split of a row, from the program's own on."""
+    """Every `num_programs(2)`-th split of a row, from the program's own on; one if not LOOP."""
     b, row, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-    cutoff = float("-inf")
-    if cutoff_ptr is not None:
-        cutoff = tl.load(cutoff_ptr + b * rows + row)
     live, law = tl.load(live_ptr + b), tl.load(law_ptr + b)
     temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
     position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
+    raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
     if FOLD:  # the row's own load waits for nothing
-        raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         if parent_ptr is None:
             child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
         if q_ids_ptr is not None:
             some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
             listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
     if row < tl.maximum(live, 0) + BONUS:
-        if not FOLD:
-            raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
         c, sampled = exponent(temperature), temperature > 0
         racing, place = sampled & (FOLD | (law == COUPLED)), position + 1
         if racing:
@@ -97,39 +96,44 @@ def _statistics_kernel(
             if parent_ptr is not None:
                 depth = depth_of(parent_ptr + b * rows, row)
             place, base = place + depth, tl.where(law == COUPLED, 0, base)
-        for split in range(program, splits, tl.num_programs(2)):
-            first, onward = split * BLOCK, (split + tl.num_programs(2)) * BLOCK
-            later = raw_split(row_ptr, onward, vocab, BLOCK)  # on its way meanwhile
-            ids, x = first + tl.arange(0, BLOCK), raw.to(tl.float32)
-            x = tl.where(x < cutoff, float("-inf"), x)  # NaN stays
-            noise = tl.zeros((BLOCK,), tl.float32)
+        step = tl.num_programs(2) if LOOP else 1
+        for split in range(program, splits if LOOP else program + 1, step):
+            first = split * BLOCK
+            if LOOP:  # on its way meanwhile
+                later = raw_split(row_ptr, first + step * BLOCK, vocab, BLOCK)
+            x = raw.to(tl.float32)
+            if cutoff_ptr is not None:  # NaN stays
+                x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
             if racing:
-                noise = race_noise(words_of_block(first, place, base, TARGET, seed, BLOCK))
-            top = tl.max(x, 0)
-            total = tl.sum(tl.exp2((x - finite_or_zero(top)) * c), 0)
-            key, who = float("inf"), tl.full([], 0, tl.int32) + first
-            if not sampled:
-                who = tl.min(tl.where(x == top, ids, NO_ID), 0)
-            elif racing:
+                noise = race_noise(words_of_tile(first, place, base, TARGET, seed, BLOCK))
+                top, d = lowered(x, c)
+                total = sum_of(tl.exp2(d))
                 if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
                     if law != COUPLED and row < live:
                         if law == DETERMINISTIC or q_ids_ptr is None:
                             if parent_ptr is None:
-                                x = tl.where(ids == child, float("-inf"), x)
+                                d = tl.where(ids_of(first, BLOCK) == child, float("-inf"), d)
                             else:
-                                x = without_children(
-                                    x, ids, first, child_ptr + b * rows, parent_ptr + b * rows,
-                                    row, live, CHILDREN, BLOCK,
-                                )  # fmt: skip
+                                theirs = children_of(
+                                    row, child_ptr + b * rows, parent_ptr + b * rows, live, CHILDREN
+                                )
+                                d = without(d, first, theirs, BLOCK)
                         elif q_ids_ptr is not None:
-                            x = without(x, ids, first, listed, list_ptr, k, BLOCK)
-                key, who = race_split(x, ids, top, c, noise)
+                            d = without(d, first, listed, BLOCK)
+                key, who = race_split(d, noise, first, BLOCK)
+            else:
+                top, d = lowered(x, c)
+                total = sum_of(tl.exp2(d))
+                key, who = float("inf"), tl.full([], 0, tl.int32) + first
+                if not sampled:
+                    who = first_of(x == top, first, BLOCK)
             at = partial_ptr + (b * rows + row) * 4 * splits + split
             tl.store(at + TOP * splits, top)
             tl.store(at + SUM * splits, total)
             tl.store(at + KEY * splits, key)
             tl.store(at + ID * splits, who.to(tl.float32, bitcast=True))
-            raw = later
+            if LOOP:
+                raw = later
 
 
 @triton.jit
@@ -147,19 +151,19 @@ def _race_kernel(
     seed, base = tl.load(seed_ptr + b), tl.load(base_ptr + b)
     position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
     if row >= 0:
-        cutoff = float("-inf")
-        if cutoff_ptr is not None:
-            cutoff = tl.load(cutoff_ptr + b * rows + row)
         row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-        ids, x = load_split(row_ptr, cutoff, first, vocab, BLOCK)
-        some, list_ptr = tl.arange(0, COUNT), excluded_ptr + b * count
-        listed = tl.load(list_ptr + some, mask=some < count, other=-1)
+        x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
+        some = tl.arange(0, COUNT)
+        listed = tl.load(excluded_ptr + b * count + some, mask=some < count, other=-1)
         at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
         top = tl.load(at + split)
         position += tl.load(stop + DEPTH) + 1
-        noise = race_noise(words_of_block(first, position, base, TARGET, seed, BLOCK))
-        x = without(x, ids, first, listed, list_ptr, count, BLOCK)
-        key, who = race_split(x, ids, top, c, noise)
+        noise = race_noise(words_of_tile(first, position, base, TARGET, seed, BLOCK))
+        if cutoff_ptr is not None:
+            x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
+        below = (x - finite_or_zero(top)) * c
+        below = without(below, first, listed, BLOCK)
+        key, who = race_split(below, noise, first, BLOCK)
         mine = candidate_ptr + b * 2 * splits
         tl.store(mine + split, key.to(tl.int32, bitcast=True))
         tl.store(mine + splits + split, who)
@@ -184,7 +188,7 @@ def _race_kernel(
 def split_of(vocab: int) -> tuple[int, int]:
     """ids of a split, warps of its program: a function of V alone."""
     split = max(SPLIT, triton.next_power_of_2(triton.cdiv(vocab, MOST_SPLITS)))
-    return split, 4 if split <= 2048 else 8
+    return split, max(1, split // EACH // 32)
 
 
 def splits_of(vocab: int) -> int:
@@ -245,8 +249,9 @@ def statistics(
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
-        BONUS=bonus, FOLD=fold, BLOCK=block, CHILDREN=triton.next_power_of_2(children),
-        WIDTH=triton.next_power_of_2(k), num_warps=warps,
+        BONUS=bonus, FOLD=fold, LOOP=programs < splits, BLOCK=block,
+        CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
+        num_warps=warps,
         # Else ptxas spills a word to fit a program more.
         maxnreg=255 if spills else None, **overlap(logits),
     )  # fmt: skip

@@ -47,48 +47,74 @@ def depth_of(parent_ptr, row):
 
 
 @triton.jit
+def ids_of(first, BLOCK: tl.constexpr):
+    """The ids `[BLOCK / 4, 4]` of the split at `first`: its tile."""
+    return first + tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
 def raw_split(row_ptr, first, vocab, BLOCK: tl.constexpr):
-    """The logits `[BLOCK]` of the split at `first` as they are stored; -inf beyond the row."""
-    ids = first + tl.arange(0, BLOCK)
+    """The logits of the split at `first`, a tile, as they are stored; -inf beyond the row."""
+    ids = ids_of(first, BLOCK)
     return tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf"))
 
 
 @triton.jit
 def load_split(row_ptr, cutoff, first, vocab, BLOCK: tl.constexpr):
     """ids and logits `[BLOCK]` of the split at `first`, float32; -inf below the cutoff."""
-    x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
-    return first + tl.arange(0, BLOCK), tl.where(x < cutoff, float("-inf"), x)  # NaN stays
+    ids = first + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    return ids, tl.where(x < cutoff, float("-inf"), x)  # NaN stays
 
 
 @triton.jit
-def without(x, ids, first, listed, list_ptr, count, BLOCK: tl.constexpr):
-    """x with the listed ids at -inf: a vector, and the same in memory, `count` from `list_ptr`."""
-    if tl.max(((listed >= first) & (listed < first + BLOCK)).to(tl.int32), 0) > 0:
-        for i in range(count):
-            x = tl.where(ids == tl.load(list_ptr + i), float("-inf"), x)
-    return x
+def lowered(x, c):
+    """The largest of a tile of logits, and how far each lies below: `p` goes as `exp2` of it."""
+    top = tl.max(tl.max(x, 1), 0)
+    return top, (x - finite_or_zero(top)) * c
 
 
 @triton.jit
-def without_children(x, ids, first, child_ptr, parent_ptr, row, count, COUNT: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
-    """The same with the nodes' tokens `[count]` of which `row` is the parent."""
+def sum_of(x):
+    """A tile's."""
+    return tl.sum(tl.sum(x, 1), 0)
+
+
+@triton.jit
+def first_of(chosen, first, BLOCK: tl.constexpr):
+    """The lowest chosen id of the split at `first`; NO_ID if none."""
+    return tl.min(tl.min(tl.where(chosen, ids_of(first, BLOCK), NO_ID), 1), 0)
+
+
+@triton.jit
+def without(below, first, listed, BLOCK: tl.constexpr):
+    """`lowered`'s tile, -inf at the listed ids.
+
+    Of the tile that was loaded: a branch keeps its layout, and would give noise one of its own.
+    """
+    left = tl.where((listed >= first) & (listed < first + BLOCK), listed, NO_ID)
+    out = tl.min(left, 0)
+    while out < NO_ID:  # seldom more than one
+        below = tl.where(ids_of(first, BLOCK) == out, float("-inf"), below)
+        left = tl.where(left == out, NO_ID, left)
+        out = tl.min(left, 0)
+    return below
+
+
+@triton.jit
+def children_of(row, token_ptr, parent_ptr, count, COUNT: tl.constexpr):
+    """The nodes' tokens `[count]` of which `row` is the parent; -1 for the others."""
     at = tl.arange(0, COUNT)
-    token = tl.load(child_ptr + at, mask=at < count, other=-1)
-    mine = tl.load(parent_ptr + at, mask=at < count, other=-2) == row
-    if tl.max((mine & (token >= first) & (token < first + BLOCK)).to(tl.int32), 0) > 0:
-        for i in range(count):
-            if tl.load(parent_ptr + i) == row:
-                x = tl.where(ids == tl.load(child_ptr + i), float("-inf"), x)
-    return x
+    token = tl.load(token_ptr + at, mask=at < count, other=-1)
+    return tl.where(tl.load(parent_ptr + at, mask=at < count, other=-2) == row, token, -1)
 
 
 @triton.jit
-def race_split(x, ids, top, c, noise):
-    """key and id of a split's winner; `top` is that of the whole split, c of `exponent`."""
-    keys = noise * tl.exp2((finite_or_zero(top) - x) * c)
-    key = tl.min(keys, 0)
-    return key, tl.min(tl.where(keys == key, ids, NO_ID), 0)
+def race_split(below, noise, first, BLOCK: tl.constexpr):
+    """key and id of a split's winner; `below` as `lowered` gives it."""
+    keys = noise * tl.exp2(below * -1.0)  # `-x` is `0 - x` here, an instruction more
+    key = tl.min(tl.min(keys, 1), 0)
+    return key, first_of(keys == key, first, BLOCK)
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eesd_kernels.triton import rows
 from eesd_kernels.triton.launch import overlap
-from eesd_kernels.triton.levels import above_zero, at_level
-from eesd_kernels.triton.nodes import chosen_of, depths, next_child, weigh
-from eesd_kernels.triton.random import accept_uniform, words_of
+from eesd_kernels.triton.levels import at_level
+from eesd_kernels.triton.nodes import lineage, offer_drawn, offer_fixed, pack, weigh
+from eesd_kernels.triton.random import words_of
 from eesd_kernels.triton.rows import (
     ARRIVED,
     DEPTH,
@@ -37,10 +37,12 @@ from eesd_kernels.triton.splits import (
     DETERMINISTIC,
     NO_ID,
     exponent,
+    from_l2,
     mass_of,
     merge,
     merge_races,
     pick,
+    some_from_l2,
 )
 from eesd_kernels.triton.target_law import cutoffs
 
@@ -58,46 +60,50 @@ def _walk_kernel(
 ):  # fmt: skip
     SPARSE: tl.constexpr = q_ids_ptr is not None
     b = tl.program_id(0).to(tl.int64)
-    node, split = tl.arange(0, NODES), tl.arange(0, SPLITS)
-    number = tl.minimum(tl.maximum(tl.load(num_nodes_ptr + b), 0), nodes)
-    temperature, law = tl.load(temperature_ptr + b), tl.load(law_ptr + b)
-    seed, position, base = tl.load(seed_ptr + b), tl.load(position_ptr + b), tl.load(base_ptr + b)
-    c = exponent(temperature)
-    # By matching: the token of a row is known, and the child that is that token stands.
-    greedy = (temperature > 0) == 0
-    matching = greedy | (law == COUPLED)
-    fixed = (law == DETERMINISTIC) | (q_probs_ptr is None)
-
+    node, split, col = tl.arange(0, NODES), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    number = tl.minimum(tl.maximum(from_l2(num_nodes_ptr + b), 0), nodes)
+    temperature, law = from_l2(temperature_ptr + b), from_l2(law_ptr + b)
+    seed, position, base = from_l2(seed_ptr + b), from_l2(position_ptr + b), from_l2(base_ptr + b)
     # [NODES]: parents, tokens and their logits in the parent's row.
     live = node < number
-    parent = tl.load(parent_ptr + b * nodes + node, mask=live & (node > 0), other=-1)
+    parent = some_from_l2(parent_ptr + b * nodes + node, live & (node > 0), -1)
     parent = tl.where((parent >= 0) & (parent < node), parent, -1)
-    t = tl.load(node_ids_ptr + b * nodes + node, mask=parent >= 0, other=-1)
-    known = (t >= 0) & (t < vocab)
-    row_ptr = logits_ptr + b * stride_b
-    at = tl.where(parent >= 0, parent, 0).to(tl.int64) * stride_r + tl.where(known, t, 0)
-    x_t = tl.load(row_ptr + at, mask=known, other=float("-inf")).to(tl.float32)
-    if cutoff_ptr is not None:
-        at = cutoff_ptr + b * nodes + parent
-        x_t = tl.where(x_t < tl.load(at, mask=known, other=0.0), float("-inf"), x_t)
-    depth = depths(parent_ptr + b * nodes, parent)
-    twin = (parent[:, None] == parent[None, :]) & (t[:, None] == t[None, :])
-    twin = twin & (node[None, :] < node[:, None])
-    fresh = known & (tl.max(twin.to(tl.int32), 1) == 0)
-    first = next_child(parent, node, node, NODES)
-    if SPARSE:  # [NODES, WIDTH]: the laws' ids, weights and target logits
-        col = tl.arange(0, WIDTH)
+    up = tl.maximum(parent, 0)
+    t = some_from_l2(node_ids_ptr + b * nodes + node, parent >= 0, -1)
+    if SPARSE:  # [NODES, WIDTH]: the laws' ids and weights, and the ids of the parents'
         at = (b * nodes + node)[:, None] * k + col[None, :]
         listed = live[:, None] & (col < k)[None, :]
-        ids = tl.load(q_ids_ptr + at, mask=listed, other=-1)
-        w = tl.load(q_probs_ptr + at, mask=listed, other=0.0)
+        ids = some_from_l2(q_ids_ptr + at, listed, -1)
+        w = some_from_l2(q_probs_ptr + at, listed, 0.0)
+        at = (b * nodes + up)[:, None] * k + col[None, :]
+        above = some_from_l2(q_ids_ptr + at, (parent >= 0)[:, None] & (col < k)[None, :], -1)
+    known = (t >= 0) & (t < vocab)
+    row_ptr = logits_ptr + b * stride_b
+    at = up.to(tl.int64) * stride_r + tl.where(known, t, 0)
+    x_t = some_from_l2(row_ptr + at, known, float("-inf")).to(tl.float32)
+    if SPARSE:  # and the target's logits of the laws' ids
         inside = (ids >= 0) & (ids < vocab)
         at = node[:, None].to(tl.int64) * stride_r + tl.where(inside, ids, 0)
-        x = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-        if cutoff_ptr is not None:
-            cutoff = tl.load(cutoff_ptr + b * nodes + node, mask=live, other=float("-inf"))
-            x = tl.where(x < cutoff[:, None], float("-inf"), x)
+        x = some_from_l2(row_ptr + at, inside, float("-inf")).to(tl.float32)
         ids, w = tl.where(inside, ids, -1), tl.where(inside, w, 0.0)
+    if cutoff_ptr is not None:
+        cutoff = some_from_l2(cutoff_ptr + b * nodes + node, live, float("-inf"))
+        x_t = tl.where(x_t < tl.gather(cutoff, up, 0), float("-inf"), x_t)
+        if SPARSE:
+            x = tl.where(x < cutoff[:, None], float("-inf"), x)
+    # By matching: the token of a row is known, and the child that is that token stands.
+    c, greedy = exponent(temperature), (temperature > 0) == 0
+    matching = greedy | (law == COUPLED)
+    fixed = (law == DETERMINISTIC) | (q_probs_ptr is None)
+    depth, first, sibling, following, fresh = lineage(parent, t, node, NODES)
+    fresh = fresh & known
+    most = tl.max(tl.where(parent >= 0, sibling + 1, 0), 0)
+    word, _w1, _w2, _w3 = words_of(sibling, position + depth, base, ACCEPT, seed)
+    place = tl.full([NODES], 0, tl.int32)
+    if SPARSE:  # of a token in the law that may have drawn it; WIDTH where it cannot
+        place = tl.min(tl.where(above == t[:, None], col[None, :], WIDTH), 1)
+        place = tl.where(fresh, place, WIDTH)
+    offered = pack(word, place, following)
 
     if PDL:  # all above is the caller's and was there before
         tl.extra.cuda.gdc_wait()
@@ -106,127 +112,102 @@ def _walk_kernel(
     mask = live[:, None] & (split < splits)[None, :]
     tops = tl.load(at + TOP * splits, mask=mask, other=float("-inf"))
     sums = tl.load(at + SUM * splits, mask=mask, other=0.0)
-    keys = tl.load(at + KEY * splits, mask=mask, other=float("inf"))
-    who = tl.load(at + ID * splits, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    key_at = at + KEY * splits
     top, norm = merge(tops, sums, c, 1)
     bad = (norm > 0) == 0
     norm = norm.to(tl.float64)
-    key, raced = merge_races(keys, tops, who, top, c, 1)
-    best = tl.min(tl.where(tops == top[:, None], who, NO_ID), 1)
-    token = tl.where(greedy, best, raced)
 
-    # The child that each node's walk would go on to, NODES where none.
-    onward = tl.full([NODES], NODES, tl.int32)
-    s = norm  # all that is left of p
-    if SPARSE:  # on the laws' ids, and outside them
-        r = mass_of(x, top[:, None], c)
-        outside = above_zero(norm - tl.sum(r, 1))
-        w_all = tl.sum(w.to(tl.float64), 1)
+    # The children that stand, each as if the walk came to its parent.
+    token = tl.full([NODES], -1, tl.int32)
+    if SPARSE:
+        r = tl.zeros([NODES, WIDTH], tl.float64)  # what is left of p on the laws' ids
     if matching:
-        same = (parent[None, :] == node[:, None]) & (t[None, :] == token[:, None])
-        onward = tl.min(tl.where(same & known[None, :], node[None, :], NODES), 1)
+        keys = tl.load(key_at, mask=mask, other=float("inf"))
+        who = tl.load(key_at + splits, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        if greedy:
+            token = tl.min(tl.where(tops == top[:, None], who, NO_ID), 1)
+        else:
+            _key, token = merge_races(keys, tops, who, top, c, 1)
+        taken = t == tl.gather(tl.where(bad, -1, token), up, 0)
+    elif fixed:
+        p_t = tl.where(fresh, mass_of(x_t, tl.gather(top, up, 0), c), -1.0).to(tl.float32)
+        onward = offer_fixed(p_t, norm, offered, first, most, NODES)
+        taken = node == tl.gather(tl.where(bad, NODES, onward), up, 0)
+    elif SPARSE:
+        r = mass_of(x, top[:, None], c)
+        onward, r = offer_drawn(r, w, norm, offered, first, most, NODES, WIDTH)
+        taken = node == tl.gather(tl.where(bad, NODES, onward), up, 0)
     else:
-        p_t = mass_of(x_t, chosen_of(top, node[None, :] == parent[:, None], float("-inf")), c)
-        p_t = tl.where(fresh, p_t, -1.0).to(tl.float32)
-        child, sibling = first, 0
-        while tl.min(child, 0) < NODES:
-            here = node[None, :] == child[:, None]
-            word, _, _, _ = words_of(
-                tl.full([NODES], 0, tl.int32) + sibling, position + depth + 1, base, ACCEPT, seed
-            )
-            u = accept_uniform(word).to(tl.float64)
-            stands = child < 0
-            if fixed:
-                r_c = chosen_of(p_t, here, -1.0).to(tl.float64)
-                stands = u * s < r_c
-                s = tl.where(r_c > 0, above_zero(s - r_c), s)
-            elif SPARSE:
-                t_c = chosen_of(tl.where(fresh, t, -2), here, -2)
-                place = tl.min(tl.where(ids == t_c[:, None], col[None, :], WIDTH), 1)
-                drawn = (place < WIDTH) & (w_all != 0)
-                s = tl.sum(r, 1) + outside
-                at_place = (col[None, :] == place[:, None]) & drawn[:, None]
-                w_c = tl.sum(tl.where(at_place, w, 0.0), 1).to(tl.float64)
-                r_c = tl.sum(tl.where(at_place, r, 0.0), 1)
-                stands = drawn & (u * w_c * s < r_c * w_all)
-                fell = drawn & (stands == 0)
-                less = above_zero(r - (s / w_all)[:, None] * w.to(tl.float64))
-                r = tl.where(fell[:, None], tl.where(at_place, 0.0, less), r)
-                w = tl.where(at_place & fell[:, None], 0.0, w)
-                w_all = tl.sum(w.to(tl.float64), 1)
-            onward = tl.where(stands, child, onward)
-            child = tl.where(onward < NODES, NODES, next_child(parent, node, child, NODES))
-            sibling += 1
-    onward = tl.where(bad, NODES, onward)
+        taken = node < 0
+    taken = taken & known
 
     # From the root along them, as far as they lead.
     last, m, walked = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), node == 0
-    step = tl.sum(tl.where(node == 0, onward, 0), 0)
+    step = tl.min(tl.where(taken & (parent == 0), node, NODES), 0)
     while step < NODES:
         last, m, walked = step, m + 1, walked | (node == step)
-        step = tl.sum(tl.where(node == step, onward, 0), 0)
-    failed = (tl.max((bad & (node == last)).to(tl.int32), 0) > 0) & (number > 0)
+        step = tl.min(tl.where(taken & (parent == step), node, NODES), 0)
+    end, place_m = node == last, position + m + 1
+    failed = (tl.max((end & bad).to(tl.int32), 0) > 0) & (number > 0)
+    nothing = failed | (number == 0)
 
-    # The last row's ids that the walk weighs itself.
-    end, place = node == last, position + m + 1
-    next_token, top_m = tl.sum(tl.where(end, token, 0), 0), at_level(top, node, last)
-    inside_key = tl.full([], float("inf"), tl.float32)
-    inside_id, rest_id = tl.full([], NO_ID, tl.int32), tl.full([], NO_ID, tl.int32)
+    # The last row's race outside the ids that the walk weighs itself, if it was run, and theirs.
+    top_m, next_token = at_level(top, node, last), tl.sum(tl.where(end, token, 0), 0)
+    if FOLD:
+        at = partial_ptr + (b * nodes + last) * 4 * splits + split
+        mine = (split < splits) & (matching == 0)
+        tops_m = tl.load(at + TOP * splits, mask=mine, other=float("-inf"))
+        keys_m = tl.load(at + KEY * splits, mask=mine, other=float("inf"))
+        who_m = tl.load(at + ID * splits, mask=mine, other=0.0).to(tl.int32, bitcast=True)
     if matching == 0:
-        lane = tl.arange(0, COUNT)
-        if not FOLD:
-            tl.store(excluded_ptr + b * count + lane, -1, mask=lane < count)
-            tl.debug_barrier()
+        inside_key = tl.full([], float("inf"), tl.float32)
+        inside_id, rest_id = tl.full([], NO_ID, tl.int32), tl.full([], NO_ID, tl.int32)
         if fixed:  # its children, of which nothing is left
             theirs = tl.where((parent == last) & known, t, -1)
             p_c = mass_of(x_t, top_m, c)
-            inside_key, inside_id, rest_id = weigh(theirs, p_c * 0.0, p_c, place, base, seed)
+            inside_key, inside_id, rest_id = weigh(theirs, p_c * 0.0, p_c, place_m, base, seed)
             if not FOLD:
                 tl.store(excluded_ptr + b * count + node, theirs, mask=node < nodes)
         elif SPARSE:
             ids_m = tl.max(tl.where(end[:, None], ids, -1), 0)
-            row = row_ptr + last.to(tl.int64) * stride_r
-            x_m = tl.load(row + ids_m, mask=ids_m >= 0, other=float("-inf")).to(tl.float32)
-            if cutoff_ptr is not None:
-                x_m = tl.where(x_m < tl.load(cutoff_ptr + b * nodes + last), float("-inf"), x_m)
-            p_m = mass_of(x_m, top_m, c)
+            p_m = mass_of(tl.sum(tl.where(end[:, None], x, 0.0), 0), top_m, c)
             r_m = tl.sum(tl.where(end[:, None], r, 0.0), 0)
             left = tl.sum(tl.where(ids_m >= 0, r_m, 0.0), 0)
             # NaN: a draft law without sense takes nothing.
             r_m = tl.where(left == left, r_m, p_m)
-            inside_key, inside_id, rest_id = weigh(ids_m, r_m, p_m, place, base, seed)
+            inside_key, inside_id, rest_id = weigh(ids_m, r_m, p_m, place_m, base, seed)
             if not FOLD:
                 tl.store(excluded_ptr + b * count + col, ids_m, mask=col < k)
-    if FOLD:
-        key_m = tl.min(tl.where(end, key, float("inf")), 0)
-        chosen = pick(key_m, next_token, 1.0, inside_key, inside_id, rest_id)
-        next_token = tl.where(matching, next_token, chosen)
-    else:
-        next_token = tl.where(matching, next_token, -1)  # else the race writes it
-        stop = stop_ptr + b * STOP
-        tl.store(stop + ROW, tl.where(matching | failed | (number == 0), -1, last))
-        tl.store(stop + PLACE, m)
-        tl.store(stop + DEPTH, m)
-        tl.store(stop + SCALE, 0x3F800000)
-        tl.store(stop + INSIDE_KEY, inside_key.to(tl.int32, bitcast=True))
-        tl.store(stop + INSIDE_ID, inside_id)
-        tl.store(stop + REST_ID, rest_id)
-        tl.store(stop + ARRIVED, 0)
+        if FOLD:
+            key_m, next_token = merge_races(keys_m, tops_m, who_m, top_m, c, 0)
+            next_token = pick(key_m, next_token, 1.0, inside_key, inside_id, rest_id)
+        else:
+            lane, used = tl.arange(0, COUNT), tl.where(fixed, nodes, k)
+            tl.store(excluded_ptr + b * count + lane, -1, mask=(lane >= used) & (lane < count))
+            stop = stop_ptr + b * STOP
+            tl.store(stop + PLACE, m)
+            tl.store(stop + DEPTH, m)
+            tl.store(stop + SCALE, 0x3F800000)
+            tl.store(stop + INSIDE_KEY, inside_key.to(tl.int32, bitcast=True))
+            tl.store(stop + INSIDE_ID, inside_id)
+            tl.store(stop + REST_ID, rest_id)
+            tl.store(stop + ARRIVED, 0)
+    if not FOLD:  # the race writes the token, unless there is nothing to race for
+        next_token = tl.where(matching, next_token, -1)
+        tl.store(stop_ptr + b * STOP + ROW, tl.where(matching | nothing, -1, last))
 
-    nothing = failed | (number == 0)
-    walked = walked & (nothing == 0)
-    path = chosen_of(node, walked[None, :] & (depth[None, :] == node[:, None]), -1)
-    tokens = chosen_of(t, walked[None, :] & (depth[None, :] == node[:, None] + 1), -1)
-    tokens = tl.where((node == m) & (nothing == 0), next_token, tokens)
     at = b * nodes + node
-    tl.store(path_ptr + at, path, mask=node < nodes)
-    tl.store(token_ids_ptr + at, tokens, mask=node < nodes)
+    walked, behind = walked & (nothing == 0), (node < nodes) & ((node > m) | nothing)
+    tl.store(path_ptr + b * nodes + depth, node, mask=walked)
+    tl.store(path_ptr + at, -1, mask=behind)
+    tl.store(token_ids_ptr + b * nodes + depth - 1, t, mask=walked & (node > 0))
+    tl.store(token_ids_ptr + at, tl.where(behind, -1, next_token), mask=behind | (node == m))
     tl.store(accepted_ptr + b, tl.where(nothing, 0, m))
     tl.store(status_ptr + b, failed.to(tl.int32))
 
 
 def _warps(tile: int) -> int:
-    return 1 if tile <= 512 else 4 if tile <= 1024 else 8 if tile <= 4096 else 16
+    return 1 if tile <= 512 else 4 if tile <= 2048 else 8 if tile <= 4096 else 16
 
 
 def verify_tree(
