@@ -37,7 +37,7 @@ MERGE_H = 32  # columns at once of a group that is computed anew: a warp has reg
 COLUMNS = 128  # by which it ranks them
 IN_TURN = 3  # up to 2^this many of the best are found one after the other, more by sorting
 LOWEST = tl.constexpr(-(2**31))
-UNIT = tl.constexpr(float(1 << 24))  # at most 2^7 of them: a uint32 holds the sum of a group
+UNIT = tl.constexpr(float(1 << 23))  # at most 2^8 of them: a uint32 holds the sum of a group
 WARP = tl.constexpr(16)  # rows of an accumulator in one warp, of mma and of wgmma
 
 
@@ -72,8 +72,8 @@ def _finite_or_zero(x):
 
 @triton.jit
 def _whole(x):
-    """A number in [0, 1], rounded to a 2^-24th."""
-    return tl.fma(tl.minimum(x, 1.0), UNIT, 0.5).to(tl.int32).to(tl.uint32, bitcast=True)
+    """A number in [0, 1] in units of 2^-23: the mantissa of 1 + x, an add where a cast is slow."""
+    return (tl.minimum(x, 1.0) + 1.0).to(tl.uint32, bitcast=True) - 0x3F800000
 
 
 @triton.jit
