@@ -430,8 +430,8 @@ def launch(
         DEPTH=depth, AHEAD=min(config.ahead, size) * width if aligned else 0, EARLY=config.early,
         # On sm_100 a warp holds whole rows of the accumulator, and 64 columns are too many to list.
         num_warps=2 * config.warps if blackwell and row_tile * depth > 128 else config.warps,
-        # Else ptxas spills a word there to fit a program more, for which no memory is left.
-        maxnreg=255 if blackwell else None,
+        # Else ptxas spills a word to fit a program more, for which no memory is left.
+        maxnreg=None if single else 255,
         num_stages=max(1, min(config.stages, (shared_memory(device) - 4096) // stage)), **pdl,
     )  # fmt: skip
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
