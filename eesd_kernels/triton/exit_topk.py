@@ -15,7 +15,6 @@ H is summed in ascending order, exponentials are added as integers and keys comp
 row has the same bits in any batch and any row tile.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,14 +48,12 @@ class Config(NamedTuple):
     warps: int
     stages: int
     group: int = 64  # ids that share a list, a bound and a sum; divides block_v
-    pdl: bool = True
-    head: bool = True  # the first launch overlaps what came before
-    early: bool = True  # merge is set off at the start of scan, not behind its loop
-    ahead: int = 256  # columns of the first tiles, fetched into the L2 while prepare runs
-    merge_warps: int = 0  # 0: by k
 
 
-HALVES = Config(64, 128, 4, 6)
+HALVES = Config(64, 128, 4, 4)
+MANY_ROWS = Config(64, 64, 4, 6)  # for a row tile of 64
+"""Two programs an SM: one reads while the other lists. On an H200, 32,000 x 4,096, 1 and 64 rows:
+68.0 and 80.6 us; with one program that reads as far ahead (64 x 128, 6 stages) 70.5 and 86.8."""
 SINGLES = Config(32, 32, 4, 3, 32)  # no tensor cores: float32 products are exact ones
 
 
@@ -95,16 +92,6 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _fetch_ahead(w_ptrs, BYTES: tl.constexpr):
-    """The first bytes of rows of the weight into the L2: a hint, nothing waits for it."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0", "=r,l,r",
-        [w_ptrs.to(tl.int64), tl.full(w_ptrs.shape, BYTES, tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _best_left(x, place, NONE: tl.constexpr):
     """The best of the ids that a warp holds, and x `[N, S, WARP, ROWS]` without it."""
     top = tl.max(x, 2)
@@ -136,12 +123,12 @@ def _merge_threes(a1, a2, a3, a4, sum_a, b1, b2, b3, b4, sum_b):
     return c1, c2, c3, tl.maximum(tl.maximum(a4, b4), c4), total
 
 
-@triton.jit(do_not_specialize=["R", "ahead"])
+@triton.jit(do_not_specialize=["R"])
 def _scan_kernel(
-    x_ptr, w_ptr, lists_ptr, R, V, H, groups, ahead, stride_x, stride_w,
+    x_ptr, w_ptr, lists_ptr, R, V, H, groups, stride_x, stride_w,
     DOT: tl.constexpr, EVEN_V: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of the weight and of the rows."""
     N: tl.constexpr = BLOCK_V // GROUP
@@ -154,19 +141,12 @@ def _scan_kernel(
     in_v = ids < V
     w_ptrs = w_ptr + ids.to(tl.int64)[:, None] * stride_w
     if PDL:
-        if AHEAD:  # noqa: SIM102, one is known at compile time
-            if tile < ahead:
-                nearest = tl.minimum(ids, V - 1).to(tl.int64)
-                _fetch_ahead(w_ptr + nearest * stride_w, AHEAD)
         tl.extra.cuda.gdc_wait()
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = product(
         x_ptr + row[None, :] * stride_x, w_ptrs, in_rows, in_v, H, DOT, EVEN_V, EVEN_H, BLOCK_V,
         BLOCK_H, ROWS,
     )  # fmt: skip
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
 
     # x [N, S, WARP, ROWS]; NaN: not a logit, or no longer one
     x = tl.where(acc == acc, acc, float("inf"))
@@ -359,18 +339,11 @@ def _merge_kernel(
         tl.store(child_ptr + row * n + at, children, mask=at < n)
 
 
-@lru_cache(maxsize=1024)
-def config_of(vocab: int, size: int, log_k: int, halves: bool, row_tile: int) -> Config:
-    """The configuration of a weight `[vocab, size]`, 2^log_k and a row tile."""
-    return HALVES if halves else SINGLES
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    """How many; those of an H100 where nothing runs."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def config_of(halves: bool, row_tile: int) -> Config:
+    """The configuration for a row tile; tilings of the same dtype have the same bits."""
+    if not halves:
+        return SINGLES
+    return MANY_ROWS if row_tile == 64 else HALVES
 
 
 def launch(
@@ -402,32 +375,30 @@ def launch(
     row_tile = row_tile or next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
     width, device = weight.element_size(), x.device
     aligned = (weight.data_ptr() | weight.stride(0) * width | size * width) % 16 == 0
-    config = config or config_of(vocab, size, log_k, halves and aligned, row_tile)
+    config = config or config_of(halves and aligned, row_tile)
     groups = triton.cdiv(vocab, config.group)
     # The interpreter's product of bfloat16 is wrong; on a GPU float32 is for float32 alone.
     single = not halves or device.type == "cpu"
     blackwell = architecture(device) >= 100 and not single
     dot = tl.float32 if single else tl.bfloat16 if x.dtype is torch.bfloat16 else tl.float16
     stage = config.block_h * (config.block_v * width + row_tile * x.element_size())
-    pdl = overlap(x, config.pdl)
+    pdl = overlap(x)
 
     if norm_weight is not None:
         normed = x.new_empty(rows, size)
         block, warps = tile_of(size)
         _prepare_kernel[(rows,)](
             x, norm_weight.contiguous(), normed, x.stride(0), size, eps,
-            WHOLE=size <= block, BLOCK=block, num_warps=warps,
-            **(pdl if config.head else {"PDL": pdl["PDL"]}),
+            WHOLE=size <= block, BLOCK=block, num_warps=warps, **pdl,
         )  # fmt: skip
         x = normed
     depth = depth_of(log_k)
     lists = torch.empty(rows, groups, 4, dtype=torch.int64, device=device)
     _scan_kernel[(triton.cdiv(rows, row_tile), triton.cdiv(vocab, config.block_v))](
-        x, weight, lists, rows, vocab, size, groups, 2 * _multiprocessors(device),
-        x.stride(0), weight.stride(0), DOT=dot,
+        x, weight, lists, rows, vocab, size, groups, x.stride(0), weight.stride(0), DOT=dot,
         EVEN_V=vocab % config.block_v == 0, EVEN_H=size % config.block_h == 0,
         BLOCK_V=config.block_v, BLOCK_H=config.block_h, ROWS=row_tile, GROUP=config.group,
-        DEPTH=depth, AHEAD=min(config.ahead, size) * width if aligned else 0, EARLY=config.early,
+        DEPTH=depth,
         # On sm_100 a warp holds whole rows of the accumulator, and 64 columns are too many to list.
         num_warps=2 * config.warps if blackwell and row_tile * depth > 128 else config.warps,
         # Else ptxas spills a word to fit a program more, for which no memory is left.
@@ -444,7 +415,7 @@ def launch(
         DEPTH=depth, LOG_G=log_g, LOG_C=log_c,
         LOG_P=log2_up(triton.cdiv(groups, 1 << log_c)) if in_turn else 0, LOG_K=log_k,
         LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, DRAW=bool(draft),
-        num_warps=config.merge_warps or (1 if in_turn else max(4, min(8, (1 << log_g) // 512))),
+        num_warps=1 if in_turn else max(4, min(8, (1 << log_g) // 512)),
         num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,
     )  # fmt: skip
