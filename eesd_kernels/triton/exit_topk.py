@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.keys import best_keys, id_of, keyed, order_of, pack, value_of
+from eesd_kernels.triton.keys import best_keys, id_of, keyed, order_of, pack, unordered, value_of
 from eesd_kernels.triton.launch import architecture, overlap, shared_memory
 from eesd_kernels.triton.linear import product
 from eesd_kernels.triton.rms_norm import norm_row, tile_of
@@ -255,7 +255,7 @@ def _merge_kernel(
     child_ptr, q_ptr, DOT: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr, DEPTH: tl.constexpr, LOG_G: tl.constexpr, LOG_C: tl.constexpr,
     LOG_P: tl.constexpr, LOG_K: tl.constexpr, LOG_IDS: tl.constexpr, IN_TURN: tl.constexpr,
-    DRAW: tl.constexpr, PDL: tl.constexpr,
+    ONCE: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: its groups into its k best and logsumexp; then the draw, if any."""
     K: tl.constexpr = 1 << LOG_K
@@ -279,7 +279,7 @@ def _merge_kernel(
     best, total = float("-inf"), 0.0
     column, first = tl.full([C], LOWEST, tl.int32), tl.full([C], NO_ID, tl.int32)
     chosen = tl.zeros([K], tl.uint64)
-    for start in range(0, groups, G):
+    for start in range(0, 1 if ONCE else groups, G):  # of one, the sum fills the waits below
         group = start + tl.arange(0, G)
         there = group < groups
         stats = tl.load(lists_ptr + 4 * group, mask=there, other=0).to(tl.uint64, bitcast=True)
@@ -292,13 +292,15 @@ def _merge_kernel(
             who = tl.min(tl.where(order == top[None, :], group, NO_ID), 0)
             first = tl.where(top > column, who, first)
             column = tl.maximum(column, top)
+            most = unordered(tl.max(column, 0))  # of integers a warp finds it in one step
         else:
+            most = tl.maximum(best, tl.max(tops, 0))
             some = best_keys(tl.where(there, keyed(order, group), 0), LOG_G, LOG_K)
             if start == 0:
                 chosen = some
             else:
                 chosen = best_keys(tl.join(chosen, some).reshape([2 * K]), LOG_K + 1, LOG_K)
-        before, best = best, tl.maximum(best, tl.max(tops, 0))
+        before, best = best, most
         zero = _finite_or_zero(best)
         total = total * tl.exp(before - zero) + tl.sum(sums * tl.exp(tops - zero), 0)
     if IN_TURN:
@@ -316,8 +318,8 @@ def _merge_kernel(
     bar = tl.max(tl.where(at == k - 1, top, 0), 0)
     bad = tl.abs(best) == float("inf")
     last = tl.where(bad, 0, tl.where(bound > bar, last, 0))
-    hiding = tl.max(last, 0)
-    while hiding > bar:
+    while tl.max((last > bar).to(tl.int32), 0) > 0:
+        hiding = tl.max(last, 0)
         anew = _anew(x_ptr + row * stride_x, w_ptr, id_of(hiding) // GROUP, V, H, stride_w, DOT,
                      EVEN_H, BLOCK_H, GROUP, 1 << LOG_IDS)  # fmt: skip
         top = tl.where(id_of(top) // GROUP == id_of(hiding) // GROUP, 0, top)
@@ -325,7 +327,6 @@ def _merge_kernel(
         top = best_keys(tl.join(top, anew).reshape([2 * K]), LOG_K + 1, LOG_K)
         bar = tl.max(tl.where(at == k - 1, top, 0), 0)
         last = tl.where(bound > bar, tl.where(last < hiding, last, 0), 0)
-        hiding = tl.max(last, 0)
 
     values = tl.where(bad, float("nan"), value_of(top))
     ids = tl.where(bad, -1, tl.where(at < k, id_of(top), -1))
@@ -414,7 +415,8 @@ def launch(
         n, *drawn, DOT=dot, EVEN_H=size % merge_h == 0, BLOCK_H=merge_h, GROUP=config.group,
         DEPTH=depth, LOG_G=log_g, LOG_C=log_c,
         LOG_P=log2_up(triton.cdiv(groups, 1 << log_c)) if in_turn else 0, LOG_K=log_k,
-        LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, DRAW=bool(draft),
+        LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, ONCE=groups <= 1 << log_g,
+        DRAW=bool(draft),
         num_warps=1 if in_turn else max(4, min(8, (1 << log_g) // 512)),
         num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,

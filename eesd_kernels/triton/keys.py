@@ -19,6 +19,12 @@ def ordered(x):
 
 
 @triton.jit
+def unordered(order):
+    """The float32 that `ordered` made this int32 of."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def keyed(order, ids):
     """The key of a logit in the form of `ordered`, and an id at least 0."""
     high, low = (order ^ -0x80000000).to(tl.uint32, bitcast=True), ids.to(tl.uint32) ^ 0xFFFFFFFF
