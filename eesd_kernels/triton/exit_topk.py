@@ -30,7 +30,7 @@ from eesd_kernels.triton.sample_draft import draw, log2_up
 from eesd_kernels.triton.splits import NO_ID, from_l2
 
 ROW_TILES = (16, 32, 64)
-MOST_GROUPS = 1024  # read at once by the warp of merge
+MOST_GROUPS = 1024  # read at once by a warp of merge, which has one warp or four
 MOST_SORTED = 4096  # by its four or eight
 MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
 COLUMNS = 128  # by which it ranks them
@@ -48,12 +48,15 @@ class Config(NamedTuple):
     warps: int
     stages: int
     group: int = 64  # ids that share a list, a bound and a sum; divides block_v
+    x_left: bool = False  # the operands' order; a warp then holds whole groups
 
 
 HALVES = Config(64, 128, 4, 4)
-MANY_ROWS = Config(64, 64, 4, 6)  # for a row tile of 64
-"""Two programs an SM: one reads while the other lists. On an H200, 32,000 x 4,096, 1 and 64 rows:
-68.0 and 80.6 us; with one program that reads as far ahead (64 x 128, 6 stages) 70.5 and 86.8."""
+MANY_ROWS = Config(64, 128, 4, 3, x_left=True)  # for a row tile of 64
+"""Two programs an SM: one reads while the other lists. On an H200, 32,000 x 4,096, 1 row: 68.0 us;
+with one program that reads as far ahead (6 stages) 70.5. 64 rows: 73.3 us; with the weight on the
+left 81.6, for its groups lie across warps; at 16 rows that is the faster one (wgmma). Tiles dealt
+to two programs an SM, in one loop over all their columns, were 1 to 3% slower."""
 SINGLES = Config(32, 32, 4, 3, 32)  # no tensor cores: float32 products are exact ones
 
 
@@ -93,7 +96,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _best_left(x, place, NONE: tl.constexpr):
-    """The best of the ids that a warp holds, and x `[N, S, WARP, ROWS]` without it."""
+    """The best of the ids that a warp holds, and x `[N, S, SPAN, ROWS]` without it."""
     top = tl.max(x, 2)
     first = tl.min(tl.where(x == top[:, :, None, :], place, NONE), 2)
     key = tl.where(top == top, pack(top, first), 0)
@@ -128,32 +131,33 @@ def _scan_kernel(
     x_ptr, w_ptr, lists_ptr, R, V, H, groups, stride_x, stride_w,
     DOT: tl.constexpr, EVEN_V: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr,
-    PDL: tl.constexpr,
+    X_LEFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of the weight and of the rows."""
-    N: tl.constexpr = BLOCK_V // GROUP
-    S: tl.constexpr = GROUP // WARP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
+    N: tl.constexpr = BLOCK_V // GROUP
+    SPAN: tl.constexpr = GROUP if X_LEFT else WARP  # ids of a group in one warp
+    S: tl.constexpr = GROUP // SPAN
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < R
     row = row.to(tl.int64)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = ids < V
     w_ptrs = w_ptr + ids.to(tl.int64)[:, None] * stride_w
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     acc = product(
         x_ptr + row[None, :] * stride_x, w_ptrs, in_rows, in_v, H, DOT, EVEN_V, EVEN_H, BLOCK_V,
-        BLOCK_H, ROWS,
+        BLOCK_H, ROWS, X_LEFT,
     )  # fmt: skip
 
-    # x [N, S, WARP, ROWS]; NaN: not a logit, or no longer one
+    # x [N, S, SPAN, ROWS]; NaN: not a logit, or no longer one
     x = tl.where(acc == acc, acc, float("inf"))
     if not EVEN_V:
         x = tl.where(in_v[:, None], x, float("nan"))
-    x = x.reshape([N, S, WARP, ROWS])
-    place = tl.arange(0, GROUP).reshape([1, S, WARP, 1])
+    x = x.reshape([N, S, SPAN, ROWS])
+    place = tl.arange(0, GROUP).reshape([1, S, SPAN, 1])
     top = tl.max(tl.max(x, 2), 1)
     e = tl.exp(x - _finite_or_zero(top)[:, None, None, :])
     if not EVEN_V:
@@ -399,7 +403,7 @@ def launch(
         x, weight, lists, rows, vocab, size, groups, x.stride(0), weight.stride(0), DOT=dot,
         EVEN_V=vocab % config.block_v == 0, EVEN_H=size % config.block_h == 0,
         BLOCK_V=config.block_v, BLOCK_H=config.block_h, ROWS=row_tile, GROUP=config.group,
-        DEPTH=depth,
+        DEPTH=depth, X_LEFT=config.x_left,
         # On sm_100 a warp holds whole rows of the accumulator, and 64 columns are too many to list.
         num_warps=2 * config.warps if blackwell and row_tile * depth > 128 else config.warps,
         # Else ptxas spills a word to fit a program more, for which no memory is left.
@@ -409,7 +413,9 @@ def launch(
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
     in_turn, merge_h = log_k <= IN_TURN, min(MERGE_H, config.block_h // 2)
     log_c = max(log2_up(COLUMNS), log_k)
-    log_g = max(log2_up(min(groups, MOST_GROUPS if in_turn else MOST_SORTED)), log_c)
+    warps = 1 if groups <= MOST_GROUPS else 4
+    most = MOST_GROUPS * warps if in_turn else MOST_SORTED
+    log_g = max(log2_up(min(groups, most)), log_c)
     _merge_kernel[(rows,)](
         x, weight, lists, *out[:3], vocab, size, groups, x.stride(0), weight.stride(0), k,
         n, *drawn, DOT=dot, EVEN_H=size % merge_h == 0, BLOCK_H=merge_h, GROUP=config.group,
@@ -417,7 +423,7 @@ def launch(
         LOG_P=log2_up(triton.cdiv(groups, 1 << log_c)) if in_turn else 0, LOG_K=log_k,
         LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, ONCE=groups <= 1 << log_g,
         DRAW=bool(draft),
-        num_warps=1 if in_turn else max(4, min(8, (1 << log_g) // 512)),
+        num_warps=warps if in_turn else max(4, min(8, (1 << log_g) // 512)),
         num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,
     )  # fmt: skip

@@ -174,6 +174,14 @@ def test_two_groups_in_a_tile() -> None:
     exact(run(hidden, head, 5, config=config), hidden, head, 5)
 
 
+@pytest.mark.parametrize("x_left", [False, True], ids=["w left", "x left"])
+def test_either_operand_on_the_left(x_left: bool) -> None:
+    hidden, head = small_integers(19, 40), small_integers(460, 40, seed=1)
+    config = module.Config(64, 16, 4, 2, x_left=x_left)
+    for k in (5, 20):
+        exact(run(hidden, head, k, config=config), hidden, head, k)
+
+
 def test_more_groups_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MOST_GROUPS", "MOST_SORTED", "COLUMNS"):
         monkeypatch.setattr(module, name, 4)
