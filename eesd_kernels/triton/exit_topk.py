@@ -1,22 +1,20 @@
 """RMSNorm, LM head, top-k and logsumexp in one pass over the weight, and no logits in memory.
 
 Three launches, each set off before the end of the last (programmatic dependent launch):
-- *prepare*, one program a row: the row normalised, and its seats cleared.
-- *scan*, one program a tile of the weight and of up to 64 rows: the loop of `linear`, the tile's
-  largest logit and its sum of exponentials; then, one by one, the logits that may be among the
-  row's K best, K the power of two from k on.
-- *merge*, one program a row: the K best lie in the K groups whose own best are the greatest.
-
-A logit may be among the K best where it reaches the row's floor: the least of K seats, each the
-largest logit yet of a K-th part of the groups. Seats only rise, and a logit under the floor has K
-better ones, so what a program happens to see decides how much it writes, and no result.
+- *prepare*, one program a row: the row normalised.
+- *scan*, one program a tile of the weight and of up to 64 rows: the loop of `linear`, and of each
+  group of ids the best DEPTH logits, a bound of all others (the next best) and the sum of
+  exponentials: 24 or 32 bytes for 64 logits. First over the 16 ids that a warp holds, by shuffles,
+  then over the warps in two exchanges.
+- *merge*, one program a row: the k best lie in the k groups whose own best are the greatest. A
+  group whose bound and whole list are above the k-th best may hide more: its logits are computed
+  anew, which 1 row in 5,000 needs (32,000 logits in random order, k = 8), and any row may.
 
 Bound by reading the weight, `2 V H` bytes in bfloat16. A product's columns do not see each other,
 H is summed in ascending order, exponentials are added as integers and keys compared exactly, so a
 row has the same bits in any batch and any row tile.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eesd_kernels.triton.keys import best_keys, id_of, ordered, pack, value_of
+from eesd_kernels.triton.keys import best_keys, id_of, keyed, order_of, pack, unordered, value_of
 from eesd_kernels.triton.launch import architecture, overlap, shared_memory
 from eesd_kernels.triton.linear import product
 from eesd_kernels.triton.rms_norm import norm_row, tile_of
@@ -32,9 +30,14 @@ from eesd_kernels.triton.sample_draft import draw, log2_up
 from eesd_kernels.triton.splits import NO_ID, from_l2
 
 ROW_TILES = (16, 32, 64)
-MOST_GROUPS = 4096  # merged at once
+MOST_GROUPS = 1024  # read at once by a warp of merge, which has one warp or four
+MOST_SORTED = 4096  # by its four or eight
+MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
+COLUMNS = 128  # by which it ranks them
+IN_TURN = 3  # up to 2^this many of the best are found one after the other, more by sorting
 LOWEST = tl.constexpr(-(2**31))
-UNIT = tl.constexpr(float(1 << 24))  # at most 2^7 of them: a uint32 holds the sum of a group
+UNIT = tl.constexpr(float(1 << 23))  # at most 2^8 of them: a uint32 holds the sum of a group
+WARP = tl.constexpr(16)  # rows of an accumulator in one warp, of mma and of wgmma
 
 
 class Config(NamedTuple):
@@ -44,19 +47,22 @@ class Config(NamedTuple):
     block_h: int
     warps: int
     stages: int
-    group: int = 64  # ids that share a maximum, a sum and a list
-    floor: bool = True
-    refresh: bool = True
-    pdl: bool = True
-    head: bool = True  # the first launch overlaps what came before
-    early: bool = True  # merge is set off at the start of scan, not behind its loop
-    ahead: int = 256  # columns of the first tiles, fetched into the L2 while prepare runs
-    merge_warps: int = 0  # 0: by the number of groups
-    rounds: int = 4  # up to 2^this many candidates are merged one after the other
+    group: int = 64  # ids that share a list, a bound and a sum; divides block_v
+    x_left: bool = False  # the operands' order; a warp then holds whole groups
 
 
-HALVES = Config(64, 128, 4, 6)
+HALVES = Config(64, 128, 4, 4)
+MANY_ROWS = Config(64, 128, 4, 3, x_left=True)  # for a row tile of 64
+"""Two programs an SM: one reads while the other lists. On an H200, 32,000 x 4,096, 1 row: 68.0 us;
+with one program that reads as far ahead (6 stages) 70.5. 64 rows: 73.3 us; with the weight on the
+left 81.6, for its groups lie across warps; at 16 rows that is the faster one (wgmma). Tiles dealt
+to two programs an SM, in one loop over all their columns, were 1 to 3% slower."""
 SINGLES = Config(32, 32, 4, 3, 32)  # no tensor cores: float32 products are exact ones
+
+
+def depth_of(log_k: int) -> int:
+    """Listed logits of a group: k alone decides how often a group is computed anew."""
+    return 2 if log_k <= 4 else 3
 
 
 @triton.jit
@@ -65,134 +71,119 @@ def _finite_or_zero(x):
 
 
 @triton.jit
-def _sum_of_exponentials(x, axis: tl.constexpr):
-    """The sum of up to 128 numbers in [0, 1], each rounded to a 2^-24th."""
-    whole = tl.fma(tl.minimum(x, 1.0), UNIT, 0.5).to(tl.int32).to(tl.uint32, bitcast=True)
-    return tl.sum(whole, axis).to(tl.float32) * (1.0 / UNIT)
+def _whole(x):
+    """A number in [0, 1] in units of 2^-23: the mantissa of 1 + x, an add where a cast is slow."""
+    return (tl.minimum(x, 1.0) + 1.0).to(tl.uint32, bitcast=True) - 0x3F800000
 
 
 @triton.jit
-def _both(x, y):
-    """Two float32 in an int64."""
-    low = y.to(tl.uint32, bitcast=True).to(tl.int64)
-    return (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
-
-
-@triton.jit
-def _any(x):
-    """Of a tile that every warp holds: an axis at a time, without shared memory."""
-    return tl.max(tl.max(x.to(tl.int32), 1), 0)
+def _both(high, low):
+    """An int64 of the upper half of one and the lower half of another."""
+    return ((high >> 32 << 32) | (low & 0xFFFFFFFF)).to(tl.int64, bitcast=True)
 
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, norm_ptr, out_ptr, seats_ptr, stride, size, eps, K: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, norm_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    tl.store(seats_ptr + row * K + tl.arange(0, K), tl.full([K], LOWEST, tl.int32))
-    if norm_ptr is not None:
-        norm_row(x_ptr + row * stride, norm_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
+    norm_row(x_ptr + row * stride, norm_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
 
 
 @triton.jit
-def _floor_of(seats_ptr, row, live, K: tl.constexpr):
-    """The least seat of each row, as `ordered` has it."""
-    ptrs = seats_ptr + row[:, None] * K + tl.arange(0, K)[None, :]
-    return tl.min(tl.load(ptrs, mask=live[:, None], other=0, cache_modifier=".cg"), 1)
+def _best_left(x, place, NONE: tl.constexpr):
+    """The best of the ids that a warp holds, and x `[N, S, SPAN, ROWS]` without it."""
+    top = tl.max(x, 2)
+    first = tl.min(tl.where(x == top[:, :, None, :], place, NONE), 2)
+    key = tl.where(top == top, pack(top, first), 0)
+    return key, tl.where(place == first[:, :, None, :], float("nan"), x)
 
 
 @triton.jit
-def _fetch_ahead(w_ptrs, BYTES: tl.constexpr):
-    """The first bytes of rows of the weight into the L2: a hint, nothing waits for it."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0", "=r,l,r",
-        [w_ptrs.to(tl.int64), tl.full(w_ptrs.shape, BYTES, tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _most_left(x):
+    """A key with the value of the best left."""
+    top = tl.max(x, 2)
+    return tl.where(top == top, pack(top, tl.zeros(top.shape, tl.int32)), 0)
 
 
-@triton.jit(do_not_specialize=["R", "ahead"])
+@triton.jit
+def _merge_twos(a1, a2, a3, sum_a, b1, b2, b3, sum_b):
+    """Of two descending lists the head of their union: its r-th is the greatest a_r, b_r or
+    min(a_i, b_j) with i + j = r."""
+    c2 = tl.maximum(tl.maximum(a2, b2), tl.minimum(a1, b1))
+    c3 = tl.maximum(tl.minimum(a1, b2), tl.minimum(a2, b1))
+    return tl.maximum(a1, b1), c2, tl.maximum(tl.maximum(a3, b3), c3), sum_a + sum_b
+
+
+@triton.jit
+def _merge_threes(a1, a2, a3, a4, sum_a, b1, b2, b3, b4, sum_b):
+    c1, c2, c3, total = _merge_twos(a1, a2, a3, sum_a, b1, b2, b3, sum_b)
+    c4 = tl.maximum(tl.minimum(a1, b3), tl.maximum(tl.minimum(a2, b2), tl.minimum(a3, b1)))
+    return c1, c2, c3, tl.maximum(tl.maximum(a4, b4), c4), total
+
+
+@triton.jit(do_not_specialize=["R"])
 def _scan_kernel(
-    x_ptr, w_ptr, seats_ptr, stats_ptr, lists_ptr, R, V, H, groups, ahead, stride_x,
-    stride_w, DOT: tl.constexpr, EVEN_V: tl.constexpr, EVEN_H: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-    K: tl.constexpr, FLOOR: tl.constexpr, REFRESH: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, w_ptr, lists_ptr, R, V, H, groups, stride_x, stride_w,
+    DOT: tl.constexpr, EVEN_V: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr,
+    X_LEFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of the weight and of the rows."""
-    N: tl.constexpr = BLOCK_V // GROUP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
+    N: tl.constexpr = BLOCK_V // GROUP
+    SPAN: tl.constexpr = GROUP if X_LEFT else WARP  # ids of a group in one warp
+    S: tl.constexpr = GROUP // SPAN
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < R
     row = row.to(tl.int64)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = ids < V
     w_ptrs = w_ptr + ids.to(tl.int64)[:, None] * stride_w
-    if PDL:
-        if AHEAD:  # noqa: SIM102, one is known at compile time
-            if tile < ahead:
-                nearest = tl.minimum(ids, V - 1).to(tl.int64)
-                _fetch_ahead(w_ptr + nearest * stride_w, AHEAD)
-        tl.extra.cuda.gdc_wait()
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
     acc = product(
         x_ptr + row[None, :] * stride_x, w_ptrs, in_rows, in_v, H, DOT, EVEN_V, EVEN_H, BLOCK_V,
-        BLOCK_H, ROWS,
+        BLOCK_H, ROWS, X_LEFT,
     )  # fmt: skip
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    floor = tl.full([ROWS], LOWEST, tl.int32)
-    if FLOOR:
-        floor = _floor_of(seats_ptr, row, in_rows, K)
 
-    # x [N, GROUP, ROWS]; NaN: not a candidate, or no longer one
+    # x [N, S, SPAN, ROWS]; NaN: not a logit, or no longer one
     x = tl.where(acc == acc, acc, float("inf"))
     if not EVEN_V:
         x = tl.where(in_v[:, None], x, float("nan"))
-    x = x.reshape([N, GROUP, ROWS])
-    top = tl.max(x, 1)
-    group = tile * N + tl.arange(0, N)
-    live = (group < groups)[:, None] & in_rows[None, :]
-    if FLOOR:
-        seat = (row * K)[None, :] + (group % K)[:, None]
-        tl.atomic_max(seats_ptr + seat, ordered(top), mask=live, sem="relaxed")
-    e = tl.exp(x - _finite_or_zero(top)[:, None, :])
+    x = x.reshape([N, S, SPAN, ROWS])
+    place = tl.arange(0, GROUP).reshape([1, S, SPAN, 1])
+    top = tl.max(tl.max(x, 2), 1)
+    e = tl.exp(x - _finite_or_zero(top)[:, None, None, :])
     if not EVEN_V:
         e = tl.where(x == x, e, 0.0)
+    total = tl.sum(_whole(e), 2)
+    k1, x = _best_left(x, place, GROUP)
+    k2, x = _best_left(x, place, GROUP)
+    if DEPTH == 2:
+        k3 = _most_left(x)
+        k1, k2, k3, total = tl.reduce((k1, k2, k3, total), 1, _merge_twos)
+    else:
+        k3, x = _best_left(x, place, GROUP)
+        k4 = _most_left(x)
+        k1, k2, k3, k4, total = tl.reduce((k1, k2, k3, k4, total), 1, _merge_threes)
+
+    # Beside the place of each listed logit stands the next one: the last of all is the bound.
+    l0, l1, l2 = _both(k1, total.to(tl.uint64)), _both(k2, k1), _both(k3, k2)
+    l3 = l2 * 0
+    if DEPTH == 3:
+        l3 = _both(k4, k3)
+    record = tl.join(tl.join(l0, l2), tl.join(l1, l3)).reshape([N, ROWS, 4])
+    group = tile * N + tl.arange(0, N)
+    live = (group < groups)[:, None] & in_rows[None, :]
     cell = (row * groups)[None, :] + group[:, None]
-    tl.store(stats_ptr + cell, _both(top, _sum_of_exponentials(e, 1)), mask=live)
-
-    # Each list descends and ends with 0, but for those whose first is under the floor.
-    ids = ids.reshape([N, GROUP, 1])
-    list_ptrs = lists_ptr + (row * (K * groups))[None, :] + group[:, None]
-    n = 0
-    asked, going = live, live & (ordered(top) >= floor[None, :])
-    while (n < K) & (_any(going) > 0):
-        if FLOOR and REFRESH:  # noqa: SIM102
-            if (n & (n + 1)) == 0:  # 0, 1, 3, ..: other programs have ended since
-                floor = _floor_of(seats_ptr, row, in_rows, K)
-        first = tl.min(tl.where(x == top[:, None, :], ids, NO_ID), 1)
-        key = tl.where(going, pack(top, first), 0).to(tl.int64, bitcast=True)
-        tl.store(list_ptrs + n * groups, key, mask=asked)
-        x = tl.where(ids == first[:, None, :], float("nan"), x)
-        top = tl.max(x, 1)
-        asked = going
-        going = going & (top == top) & (ordered(top) >= floor[None, :])
-        n += 1
-    if n < K:
-        tl.store(list_ptrs + n * groups, tl.zeros([N, ROWS], tl.int64), mask=asked)
-
-
-@triton.jit
-def _listed(lists_ptr, group, depth, there, groups, K: tl.constexpr):
-    """The keys at one depth of the chosen groups' lists `[K]`."""
-    ptrs = lists_ptr + depth.to(tl.int64) * groups + group
-    return tl.load(ptrs, mask=there & (depth < K), other=0).to(tl.uint64, bitcast=True)
+    ptrs = lists_ptr + 4 * cell[:, :, None] + tl.arange(0, 4)[None, None, :]
+    tl.store(ptrs, record, mask=live[:, :, None])
 
 
 @triton.jit
@@ -203,20 +194,78 @@ def _best_in_turn(x, ids, K: tl.constexpr):
     for i in range(K):
         top = tl.max(x, 0)
         first = tl.min(tl.where(x == top, ids, NO_ID), 0)
-        key = tl.where(top > LOWEST, (first ^ -1).to(tl.uint32, bitcast=True), 0).to(tl.uint64)
-        chosen = tl.where(at == i, key, chosen)
+        chosen = tl.where(at == i, tl.where(top > LOWEST, keyed(top, first), 0), chosen)
         x = tl.where(ids == first, LOWEST, x)
     return chosen
 
 
+@triton.jit
+def _best_of(keys, LOG: tl.constexpr, LOG_K: tl.constexpr, IN_TURN: tl.constexpr):
+    """The 2^LOG_K greatest of 2^LOG keys, descending."""
+    if IN_TURN:
+        return _best_in_turn(order_of(keys), id_of(keys), 1 << LOG_K)
+    return best_keys(keys, LOG, LOG_K)
+
+
+@triton.jit
+def _anew(
+    x_ptr, w_ptr, group, V, H, stride_w, DOT: tl.constexpr, EVEN_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, GROUP: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Keys `[IDS]` of a group's logits in one row, by the same product as in the scan."""
+    place, column = tl.arange(0, IDS), tl.arange(0, WARP)
+    ids = group * GROUP + place
+    inside = (place < GROUP) & (ids < V)
+    acc = product(
+        x_ptr + column[None, :] * 0, w_ptr + ids.to(tl.int64)[:, None] * stride_w, column == 0,
+        inside, H, DOT, False, EVEN_H, IDS, BLOCK_H, WARP,
+    )  # fmt: skip
+    x = acc  # its first column; by a sum over the others the compiler fails for sm_100
+    for _ in tl.static_range(4):
+        x, _ = tl.split(x.reshape([IDS, x.numel // (2 * IDS), 2]))
+    return tl.where(inside, pack(x.reshape([IDS]), ids), 0)
+
+
+@triton.jit
+def _key_in(high, low, first):
+    """The key of an upper half and of a place in the group whose first id is given; 0 if none."""
+    order = order_of(high.to(tl.uint64, bitcast=True))
+    id = id_of(low.to(tl.uint64, bitcast=True)) + first
+    return tl.where(order > LOWEST, keyed(order, id), 0)
+
+
+@triton.jit
+def _listed(lists_ptr, group, there, GROUP: tl.constexpr, DEPTH: tl.constexpr):
+    """Of groups: all listed keys, the last of each list, the most that a hidden one may be."""
+    lists_ptr += 4 * group
+    l0 = tl.load(lists_ptr, mask=there, other=0)
+    l1 = tl.load(lists_ptr + 1, mask=there, other=0)
+    l2 = tl.load(lists_ptr + 2, mask=there, other=0)
+    first = group * GROUP
+    k1, k2 = _key_in(l0, l1, first), _key_in(l1, l2, first)
+    if DEPTH == 2:
+        listed, last, bound = tl.join(k1, k2), k2, l2
+    else:
+        l3 = tl.load(lists_ptr + 3, mask=there, other=0)
+        k3 = _key_in(l2, l3, first)
+        listed, last, bound = tl.join(tl.join(k1, k2), tl.join(k3, k3 * 0)), k3, l3
+    return listed.reshape([listed.numel]), last, _key_in(bound, bound * 0 - 1, first * 0)
+
+
 @triton.jit(do_not_specialize=["k", "n"])
 def _merge_kernel(
-    stats_ptr, lists_ptr, values_ptr, ids_ptr, lse_ptr, groups, k, n, temperature_ptr, law_ptr,
-    seed_ptr, position_ptr, base_ptr, parent_ptr, child_ptr, q_ptr, LOG_G: tl.constexpr,
-    LOG_K: tl.constexpr, ROUNDS: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, lists_ptr, values_ptr, ids_ptr, lse_ptr, V, H, groups, stride_x,
+    stride_w, k, n, temperature_ptr, law_ptr, seed_ptr, position_ptr, base_ptr, parent_ptr,
+    child_ptr, q_ptr, DOT: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr, DEPTH: tl.constexpr, LOG_G: tl.constexpr, LOG_C: tl.constexpr,
+    LOG_P: tl.constexpr, LOG_K: tl.constexpr, LOG_IDS: tl.constexpr, IN_TURN: tl.constexpr,
+    ONCE: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: its groups into its k best and logsumexp; then the draw, if any."""
     K: tl.constexpr = 1 << LOG_K
+    C: tl.constexpr = 1 << LOG_C
+    P: tl.constexpr = 1 << LOG_P
+    G: tl.constexpr = 1 << LOG_G
     row = tl.program_id(0).to(tl.int64)
     node = 0
     if DRAW:
@@ -228,49 +277,61 @@ def _merge_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+    # In turn: columns of P groups each, by their best; else the groups themselves.
+    lists_ptr += row * (4 * groups)
     best, total = float("-inf"), 0.0
+    column, first = tl.full([C], LOWEST, tl.int32), tl.full([C], NO_ID, tl.int32)
     chosen = tl.zeros([K], tl.uint64)
-    for start in range(0, groups, 1 << LOG_G):
-        group = start + tl.arange(0, 1 << LOG_G)
+    for start in range(0, 1 if ONCE else groups, G):  # of one, the sum fills the waits below
+        group = start + tl.arange(0, G)
         there = group < groups
-        stats = tl.load(stats_ptr + row * groups + group, mask=there, other=0)
-        tops = (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        tops = tl.where(there, tops, float("-inf"))
-        sums = stats.to(tl.uint32).to(tl.float32, bitcast=True)
-        if ROUNDS:
-            chosen = _best_in_turn(tl.where(there, ordered(tops), LOWEST), group, K)
+        stats = tl.load(lists_ptr + 4 * group, mask=there, other=0).to(tl.uint64, bitcast=True)
+        order = order_of(stats)
+        tops = tl.where(there, value_of(stats), float("-inf"))
+        sums = stats.to(tl.uint32).to(tl.float32) * (1.0 / UNIT)
+        if IN_TURN:
+            order, group = order.reshape([G // C, C]), group.reshape([G // C, C])
+            top = tl.max(order, 0)
+            who = tl.min(tl.where(order == top[None, :], group, NO_ID), 0)
+            first = tl.where(top > column, who, first)
+            column = tl.maximum(column, top)
+            most = unordered(tl.max(column, 0))  # of integers a warp finds it in one step
         else:
-            some = best_keys(tl.where(there, pack(tops, group), 0), LOG_G, LOG_K)
+            most = tl.maximum(best, tl.max(tops, 0))
+            some = best_keys(tl.where(there, keyed(order, group), 0), LOG_G, LOG_K)
             if start == 0:
                 chosen = some
             else:
                 chosen = best_keys(tl.join(chosen, some).reshape([2 * K]), LOG_K + 1, LOG_K)
-        before, best = best, tl.maximum(best, tl.max(tops, 0))
+        before, best = best, most
         zero = _finite_or_zero(best)
         total = total * tl.exp(before - zero) + tl.sum(sums * tl.exp(tops - zero), 0)
-    # Each list's first is its group's best, and so these are in order.
-    there, group = chosen != 0, id_of(chosen)
-    lists_ptr += row * (K * groups)
-    depth = row.to(tl.int32) * 0
-    top = _listed(lists_ptr, group, depth, there, groups, K)
-    x0 = _listed(lists_ptr, group, depth + 1, there, groups, K)
-    x1 = _listed(lists_ptr, group, depth + 2, there, groups, K)
-    x2 = _listed(lists_ptr, group, depth + 3, there, groups, K)
-    bar = tl.min(top, 0)
-    while tl.max(x0, 0) > bar:
-        # What stands below a key that is under the bar was perhaps never written.
-        x1 = tl.where(x0 > bar, x1, 0)
-        x2 = tl.where(x1 > bar, x2, 0)
-        four = tl.join(tl.join(top, x0), tl.join(x1, x2)).reshape([4 * K])
-        top = best_keys(four, LOG_K + 2, LOG_K)
-        bar = tl.min(top, 0)
-        depth += 3
-        there = (x2 != 0) & (x2 >= bar)
-        x0 = _listed(lists_ptr, group, depth + 1, there, groups, K)
-        x1 = _listed(lists_ptr, group, depth + 2, there, groups, K)
-        x2 = _listed(lists_ptr, group, depth + 3, there, groups, K)
-    bad = tl.abs(best) == float("inf")
+    if IN_TURN:
+        chosen = _best_in_turn(column, first, K)
+        group = (id_of(chosen) % C)[:, None] + tl.arange(0, P)[None, :] * C
+        there = ((chosen != 0)[:, None] & (group < groups)).reshape([K * P])
+        group = group.reshape([K * P])
+    else:
+        there, group = chosen != 0, id_of(chosen)
+
+    # A group may hide some of the best if its bound and all that it lists are above the k-th.
+    listed, last, bound = _listed(lists_ptr, group, there, GROUP, DEPTH)
+    top = _best_of(listed, LOG_K + LOG_P + DEPTH - 1, LOG_K, IN_TURN)
     at = tl.arange(0, K)
+    bar = tl.max(tl.where(at == k - 1, top, 0), 0)
+    bad = tl.abs(best) == float("inf")
+    last = tl.where(bad, 0, tl.where(bound > bar, last, 0))
+    while tl.max((last > bar).to(tl.int32), 0) > 0:
+        hiding = tl.max(last, 0)
+        anew = _anew(x_ptr + row * stride_x, w_ptr, id_of(hiding) // GROUP, V, H, stride_w, DOT,
+                     EVEN_H, BLOCK_H, GROUP, 1 << LOG_IDS)  # fmt: skip
+        top = tl.where(id_of(top) // GROUP == id_of(hiding) // GROUP, 0, top)
+        anew = best_keys(anew, LOG_IDS, LOG_K)
+        top = best_keys(tl.join(top, anew).reshape([2 * K]), LOG_K + 1, LOG_K)
+        bar = tl.max(tl.where(at == k - 1, top, 0), 0)
+        last = tl.where(bound > bar, tl.where(last < hiding, last, 0), 0)
+
     values = tl.where(bad, float("nan"), value_of(top))
     ids = tl.where(bad, -1, tl.where(at < k, id_of(top), -1))
     tl.store(values_ptr + row * k + at, values, mask=at < k)
@@ -283,18 +344,11 @@ def _merge_kernel(
         tl.store(child_ptr + row * n + at, children, mask=at < n)
 
 
-@lru_cache(maxsize=1024)
-def config_of(vocab: int, size: int, log_k: int, halves: bool, row_tile: int) -> Config:
-    """The configuration of a weight `[vocab, size]`, 2^log_k and a row tile."""
-    return HALVES if halves else SINGLES
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    """How many; those of an H100 where nothing runs."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def config_of(halves: bool, row_tile: int) -> Config:
+    """The configuration for a row tile; tilings of the same dtype have the same bits."""
+    if not halves:
+        return SINGLES
+    return MANY_ROWS if row_tile == 64 else HALVES
 
 
 def launch(
@@ -326,45 +380,51 @@ def launch(
     row_tile = row_tile or next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
     width, device = weight.element_size(), x.device
     aligned = (weight.data_ptr() | weight.stride(0) * width | size * width) % 16 == 0
-    config = config or config_of(vocab, size, log_k, halves and aligned, row_tile)
+    config = config or config_of(halves and aligned, row_tile)
     groups = triton.cdiv(vocab, config.group)
     # The interpreter's product of bfloat16 is wrong; on a GPU float32 is for float32 alone.
     single = not halves or device.type == "cpu"
+    blackwell = architecture(device) >= 100 and not single
+    dot = tl.float32 if single else tl.bfloat16 if x.dtype is torch.bfloat16 else tl.float16
     stage = config.block_h * (config.block_v * width + row_tile * x.element_size())
-    pdl = overlap(x, config.pdl)
+    pdl = overlap(x)
 
-    block, warps = tile_of(size)
-    normed = None if norm_weight is None else x.new_empty(rows, size)
-    seats = torch.empty(rows, 1 << log_k, dtype=torch.int32, device=device)
-    stats = torch.empty(rows, groups, dtype=torch.int64, device=device)
-    lists = torch.empty(rows, 1 << log_k, groups, dtype=torch.int64, device=device)
-    _prepare_kernel[(rows,)](
-        x, None if norm_weight is None else norm_weight.contiguous(), normed, seats, x.stride(0),
-        size, eps, K=1 << log_k, WHOLE=size <= block, BLOCK=block, num_warps=warps,
-        **(pdl if config.head else {"PDL": pdl["PDL"]}),
-    )  # fmt: skip
-    x = x if normed is None else normed
+    if norm_weight is not None:
+        normed = x.new_empty(rows, size)
+        block, warps = tile_of(size)
+        _prepare_kernel[(rows,)](
+            x, norm_weight.contiguous(), normed, x.stride(0), size, eps,
+            WHOLE=size <= block, BLOCK=block, num_warps=warps, **pdl,
+        )  # fmt: skip
+        x = normed
+    depth = depth_of(log_k)
+    lists = torch.empty(rows, groups, 4, dtype=torch.int64, device=device)
     _scan_kernel[(triton.cdiv(rows, row_tile), triton.cdiv(vocab, config.block_v))](
-        x, weight, seats, stats, lists, rows, vocab, size, groups,
-        2 * _multiprocessors(device), x.stride(0), weight.stride(0),
-        DOT=tl.float32 if single else tl.bfloat16 if x.dtype is torch.bfloat16 else tl.float16,
+        x, weight, lists, rows, vocab, size, groups, x.stride(0), weight.stride(0), DOT=dot,
         EVEN_V=vocab % config.block_v == 0, EVEN_H=size % config.block_h == 0,
         BLOCK_V=config.block_v, BLOCK_H=config.block_h, ROWS=row_tile, GROUP=config.group,
-        K=1 << log_k, FLOOR=config.floor, REFRESH=config.refresh,
-        AHEAD=min(config.ahead, size) * width if aligned else 0, EARLY=config.early,
-        num_warps=config.warps,
-        # Else ptxas spills a word on sm_100 to fit a program more, for which no memory is left.
-        maxnreg=255 if architecture(device) >= 100 and not single else None,
+        DEPTH=depth, X_LEFT=config.x_left,
+        # On sm_100 a warp holds whole rows of the accumulator, and 64 columns are too many to list.
+        num_warps=2 * config.warps if blackwell and row_tile * depth > 128 else config.warps,
+        # Else ptxas spills a word to fit a program more, for which no memory is left.
+        maxnreg=None if single else 255,
         num_stages=max(1, min(config.stages, (shared_memory(device) - 4096) // stage)), **pdl,
     )  # fmt: skip
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
-    log_g = max(log2_up(min(groups, MOST_GROUPS)), log_k)
-    rounds = log_k <= config.rounds and groups <= MOST_GROUPS
+    in_turn, merge_h = log_k <= IN_TURN, min(MERGE_H, config.block_h // 2)
+    log_c = max(log2_up(COLUMNS), log_k)
+    warps = 1 if groups <= MOST_GROUPS else 4
+    most = MOST_GROUPS * warps if in_turn else MOST_SORTED
+    log_g = max(log2_up(min(groups, most)), log_c)
     _merge_kernel[(rows,)](
-        stats, lists, *out[:3], groups, k, n, *drawn,
-        LOG_G=log_g, LOG_K=log_k, ROUNDS=rounds, DRAW=bool(draft),
-        num_warps=config.merge_warps or max(1 if rounds else 4, min(8, (1 << log_g) // 512)),
-        maxnreg=None if rounds or device.type == "cpu" else 255,  # else ptxas spills a word
+        x, weight, lists, *out[:3], vocab, size, groups, x.stride(0), weight.stride(0), k,
+        n, *drawn, DOT=dot, EVEN_H=size % merge_h == 0, BLOCK_H=merge_h, GROUP=config.group,
+        DEPTH=depth, LOG_G=log_g, LOG_C=log_c,
+        LOG_P=log2_up(triton.cdiv(groups, 1 << log_c)) if in_turn else 0, LOG_K=log_k,
+        LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, ONCE=groups <= 1 << log_g,
+        DRAW=bool(draft),
+        num_warps=warps if in_turn else max(4, min(8, (1 << log_g) // 512)),
+        num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,
     )  # fmt: skip
     return True

@@ -19,11 +19,28 @@ def ordered(x):
 
 
 @triton.jit
+def unordered(order):
+    """The float32 that `ordered` made this int32 of."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keyed(order, ids):
+    """The key of a logit in the form of `ordered`, and an id at least 0."""
+    high, low = (order ^ -0x80000000).to(tl.uint32, bitcast=True), ids.to(tl.uint32) ^ 0xFFFFFFFF
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
 def pack(x, ids):
     """x float32, ids int32 at least 0. NaN counts as +inf, -0 as 0."""
-    high = (ordered(tl.where(x == x, x, float("inf"))) ^ -0x80000000).to(tl.uint32, bitcast=True)
-    low = ids.to(tl.uint32) ^ 0xFFFFFFFF
-    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    return keyed(ordered(tl.where(x == x, x, float("inf"))), ids)
+
+
+@triton.jit
+def order_of(key):
+    """What `ordered` gives for its logit; -2^31 for 0."""
+    return (key >> 32).to(tl.uint32).to(tl.int32, bitcast=True) ^ -0x80000000
 
 
 @triton.jit

@@ -66,9 +66,16 @@ def _weight_rows(tile, outs, SWIGLU: tl.constexpr, BLOCK_O: tl.constexpr):
 def product(
     x_ptrs, w_ptrs, in_rows, in_outs, H, DOT: tl.constexpr, EVEN_O: tl.constexpr,
     EVEN_H: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
+    X_LEFT: tl.constexpr = False,
 ):  # fmt: skip
-    """`acc[BLOCK_O, ROWS]`, float32, of the rows of the weight and of x at these pointers."""
-    acc = tl.zeros([BLOCK_O, ROWS], tl.float32)
+    """`acc[BLOCK_O, ROWS]`, float32, of the rows of the weight and of x at these pointers.
+
+    With x as the left operand the bits are the same, and a thread holds more outputs of fewer rows.
+    """
+    if X_LEFT:
+        acc = tl.zeros([ROWS, BLOCK_O], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_O, ROWS], tl.float32)
     for k in range(0, tl.cdiv(H, BLOCK_H)):
         at = k * BLOCK_H + tl.arange(0, BLOCK_H)
         # w [BLOCK_O, BLOCK_H], x [BLOCK_H, ROWS]
@@ -81,7 +88,12 @@ def product(
         else:
             inside = in_outs[:, None] & (at < H)[None, :]
             w = tl.load(w_ptrs + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+        if X_LEFT:
+            acc = tl.dot(x.to(DOT).trans(), w.to(DOT).trans(), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w.to(DOT), x.to(DOT), acc, input_precision="ieee")
+    if X_LEFT:
+        acc = acc.trans()
     return acc
 
 

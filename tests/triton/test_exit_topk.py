@@ -4,6 +4,7 @@ On a CPU the interpreter runs them: few rows, small vocabularies, several tiles 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -90,25 +91,81 @@ def test_float32_over_a_bfloat16_head() -> None:
     exact(run(hidden, head, 5), hidden, head, 5)
 
 
+@pytest.fixture
+def computed_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The groups that merge computes anew, in order; in the interpreter alone."""
+    groups: list[int] = []
+    if DEVICE == "cpu":
+        inner = module._anew
+
+        def spy(x_ptr: object, w_ptr: object, group: Any, *rest: object) -> object:
+            groups.append(int(group.handle.data.item()))
+            return inner(x_ptr, w_ptr, group, *rest)
+
+        monkeypatch.setattr(module, "_anew", spy)
+    return groups
+
+
 @pytest.mark.parametrize("k", [8, 64])
-def test_the_best_all_lie_in_one_group(k: int) -> None:
-    """The merge must read that group's list to its end."""
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_the_best_all_lie_in_one_place(k: int, group: int) -> None:
+    """A list shows two or three of them; merge must compute the others anew."""
     head = torch.zeros(400, 8, dtype=torch.bfloat16)
     ids = torch.arange(128, 192)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     head[ids, 0] = (1.0 + order / 64).bfloat16()
     hidden = torch.ones(1, 8, dtype=torch.bfloat16)
-    exact(run(hidden, head, k), hidden, head, k)
+    config = module.Config(64, 16, 4, 2, group=group)
+    exact(run(hidden, head, k, config=config), hidden, head, k)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
-@pytest.mark.parametrize("floor", [True, False])
-def test_logits_in_order(order: str, floor: bool) -> None:
-    """Programs that see only worse logits before them write whole lists, others nothing."""
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_logits_in_order(order: str, k: int) -> None:
+    """The best are neighbours, at one end; the last tile is not whole."""
     line = torch.arange(300.0)[:, None]
     head = line if order == "rising" else -line
-    config = module.SINGLES._replace(floor=floor)
-    exact(run(torch.ones(2, 1), head, 5, config=config), torch.ones(2, 1), head, 5)
+    exact(run(torch.ones(2, 1), head, k), torch.ones(2, 1), head, k)
+
+
+def test_computes_anew_only_what_may_hide_one(computed_anew: list[int]) -> None:
+    """Groups of 32: one shows both of its two best, one hides a third, one hides nothing good."""
+    head = torch.arange(160.0)[:, None] / 1000
+    head[torch.tensor([3, 9]), 0] = torch.tensor([9.0, 8.0])
+    head[torch.tensor([70, 71, 95]), 0] = torch.tensor([7.0, 6.0, 5.0])
+    head[torch.tensor([130, 140]), 0] = torch.tensor([4.0, 1.0])
+    hidden = torch.ones(1, 1)
+    got = run(hidden, head, 6)
+    exact(got, hidden, head, 6)
+    assert got[1].tolist() == [[3, 9, 70, 71, 95, 130]]
+    if DEVICE == "cpu":
+        assert computed_anew == [2]
+    exact(run(hidden, head, 4), hidden, head, 4)
+    if DEVICE == "cpu":
+        assert computed_anew == [2], "four are all shown"
+
+
+def test_equal_logits_hide_none_below_the_last_of_the_best(computed_anew: list[int]) -> None:
+    """All equal: the first group alone is computed anew, it has the k lowest ids."""
+    hidden, head = torch.ones(1, 4), torch.ones(300, 4)
+    exact(run(hidden, head, 8), hidden, head, 8)
+    if DEVICE == "cpu":
+        assert computed_anew == [0]
+
+
+def test_a_group_anew_has_the_rows_bits(computed_anew: list[int]) -> None:
+    """Beside other rows and alone."""
+    torch.manual_seed(0)
+    hidden, head = normal(5, 40, dtype=torch.float32), normal(200, 40, dtype=torch.float32)
+    head[40:60] = hidden[2] + head[40:60] / 8
+    head[130:135] = hidden[4]
+    together = run(hidden, head, 7)
+    close(together, logits_of(hidden, head, None), TOLERANCE[torch.float32])
+    assert DEVICE != "cpu" or computed_anew
+    for row in range(5):
+        alone = run(hidden[row : row + 1], head, 7)
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a[0], b[row])
 
 
 def test_two_groups_in_a_tile() -> None:
@@ -117,10 +174,20 @@ def test_two_groups_in_a_tile() -> None:
     exact(run(hidden, head, 5, config=config), hidden, head, 5)
 
 
+@pytest.mark.parametrize("x_left", [False, True], ids=["w left", "x left"])
+def test_either_operand_on_the_left(x_left: bool) -> None:
+    hidden, head = small_integers(19, 40), small_integers(460, 40, seed=1)
+    config = module.Config(64, 16, 4, 2, x_left=x_left)
+    for k in (5, 20):
+        exact(run(hidden, head, k, config=config), hidden, head, k)
+
+
 def test_more_groups_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_GROUPS", 4)
-    hidden, head = small_integers(2, 4), small_integers(300, 4, seed=1)
-    exact(run(hidden, head, 3), hidden, head, 3)
+    for name in ("MOST_GROUPS", "MOST_SORTED", "COLUMNS"):
+        monkeypatch.setattr(module, name, 4)
+    hidden, head = small_integers(2, 4), small_integers(700, 4, seed=1)
+    for k in (3, 17):
+        exact(run(hidden, head, k), hidden, head, k)
 
 
 def test_equal_rows_of_the_head_go_by_id() -> None:
