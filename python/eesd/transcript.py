@@ -49,7 +49,9 @@ def _criterion_met(
     criterion: Criterion, prompt: Tensor, text: list[int], scores: list[Tensor] | None
 ) -> bool:
     with torch.inference_mode(False), torch.no_grad():
-        ids = torch.tensor([text], dtype=torch.int64, device=prompt.device)
+        ids = torch.tensor([text], dtype=torch.int64, device="cpu")
+        if prompt.device.type == "cuda":  # without a wait for the device
+            ids = ids.pin_memory().to(prompt.device, non_blocking=True)
         answer = criterion(ids, None if scores is None else tuple(scores))
     if isinstance(answer, Tensor) and answer.dtype is torch.bool and answer.numel() == 1:
         return bool(answer)
