@@ -17,10 +17,11 @@ from torch import Tensor
 
 from eesd_kernels.triton.launch import overlap
 
-SLICE = 2048  # bytes of a token that a program moves: 16 a thread of four warps
+SLICE = 2048  # bytes of a token that a program moves, 16 a thread
 GROUP = 8  # tokens in registers at once
-FETCH = True
-SPREAD = 4  # threads that share the tokens of a column: each works out fewer places
+SPREAD = 4
+"""Threads that share the tokens of a column, so that each works out fewer places: with one, five
+tokens in pages took 5.1 us over an empty kernel, with four 4.3 (H200, 13B, batch 1)."""
 PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -55,13 +56,13 @@ def _rollback_kv_kernel(
     cache_ptr, path_ptr, lengths_ptr, table_ptr, new_ptr, planes, run, nodes, width, slots, pages,
     columns, stride_layer, stride_kv, stride_page, stride_slot, stride_head, stride_column,
     D: tl.constexpr, DENSE: tl.constexpr, PAGE: tl.constexpr, NODES: tl.constexpr,
-    GROUP: tl.constexpr, SLICE: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
     b = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, NODES)
     if PDL:
-        if FETCH and ((tl.program_id(1) == 0) & (tl.program_id(2) == 0)):
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
             _fetch(path_ptr + b * nodes, nodes * 4)
             _fetch(lengths_ptr + b, 4)
             if PAGE:
@@ -132,6 +133,6 @@ def rollback_kv(
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
         PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
-        FETCH=FETCH, num_warps=max(1, per_slice * element // 512) * SPREAD, **overlap(cache),
+        num_warps=max(1, per_slice * element // 512) * SPREAD, **overlap(cache),
     )  # fmt: skip
     return new
