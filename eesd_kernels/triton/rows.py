@@ -287,5 +287,7 @@ def race(
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
         partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
         count, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
-        COUNT=triton.next_power_of_2(count), num_warps=warps, **overlap(logits),
+        COUNT=triton.next_power_of_2(count), num_warps=warps,
+        # Else ptxas spills two words to fit a program more.
+        maxnreg=128 if 0 < architecture(logits.device) < 90 else None, **overlap(logits),
     )  # fmt: skip

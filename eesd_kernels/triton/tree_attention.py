@@ -55,9 +55,9 @@ class Tiles(NamedTuple):
     rows: int  # widest tile of rows
     warps: int
     stages: int
-    programs: int  # at most; chunks beyond are looped over
+    programs: int  # at most, but for `FEWEST_SLOTS`; chunks beyond are looped over
     registers: int = 255  # of a thread; left alone ptxas spills some to fit more programs
-    fine: int = 0  # a multiple of `chunk`; chunks before this position are half as long
+    fine: int = 0  # of chunks: those before this position are half as long, whole tiles still
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _begin_of(chunk, CHUNK: tl.constexpr, FINE: tl.constexpr):
 
 @triton.jit
 def _start_of(tile, first, slots, CHUNK: tl.constexpr, KEYS: tl.constexpr):
-    """Where a program's tile begins: it has CHUNK keys from first on, and again `slots` further."""
+    """Where a program's tile begins: CHUNK keys from first on, the next `slots` CHUNKs further."""
     EACH: tl.constexpr = CHUNK // KEYS
     return first + (tile // EACH * slots * EACH + tile % EACH) * KEYS
 
@@ -275,7 +275,7 @@ def _combine_kernel(
     d = tl.arange(0, BLOCK_D)
     out_ptr += (b * T * HEADS + tl.program_id(0)) * D
     length, live = _extent(lengths_ptr, num_rows_ptr, b, T, capacity)
-    if PDL:
+    if PDL:  # what stands above was there before the first kernel, which waited for it
         gdc_wait()
     if node >= live:
         tl.store(out_ptr + d, tl.zeros([BLOCK_D], tl.float32), mask=d < D)

@@ -198,8 +198,9 @@ def test_a_row_has_the_same_bits_alone_in_a_block_and_anywhere_in_a_batch(
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_node_has_the_bits_of_its_path_as_a_line(window: int | None) -> None:
-    """Around the ends of chunks and tiles too, where slots and positions fall apart."""
-    given = block([70, 31, 30, 13], 9, 1, 1, tree=True, window=window)
+    """Around the ends of chunks and tiles too, where slots and positions fall apart; across the
+    place where chunks grow."""
+    given = block([70, 31, 30, 13, 62], 9, 1, 1, tree=True, window=window)
     got = run(given)
     for b in range(len(got)):
         node = max(range(5, 9), key=lambda i: len(path_of(given, b, i)))
@@ -380,7 +381,7 @@ SHAPES = {
     "13b": (40, 40, 128), "3-8b": (32, 8, 128), "70b": (64, 8, 128), "of 64": (32, 32, 64),
     "of 256": (8, 4, 256),
 }  # fmt: skip
-REAL = [0, 1, 511, 512, 513, 4200]
+REAL = [0, 1, 511, 512, 1022, 4200]
 FORMS: dict[str, Given] = {
     "one row": {"rows": 1},
     "six in pages": {"rows": 6, "page": 16},
