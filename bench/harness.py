@@ -99,11 +99,14 @@ def _on_cpu(contenders: dict[str, Sequence[Call]], repeats: int) -> dict[str, Ti
 
 def _on_cuda(contenders: dict[str, Sequence[Call]], replays: int) -> dict[str, Times]:
     graphs, counts = {}, {}
+    # Launches a replay: 20 at least, since events tick coarsely, and about as many of each, so that
+    # what a replay itself costs weighs alike on all.
+    least = max(20, *(len(calls) for calls in contenders.values()))
     for name, calls in contenders.items():
         for call in calls:
             call()
         torch.cuda.synchronize()
-        rounds = -(-20 // len(calls))  # 20 launches a replay at least: events tick coarsely
+        rounds = -(-least // len(calls))
         graphs[name], counts[name] = torch.cuda.CUDAGraph(), rounds * len(calls)
         with torch.cuda.graph(graphs[name]):
             for _ in range(rounds):
