@@ -56,7 +56,7 @@ MANY_ROWS = Config(64, 128, 4, 3, x_left=True)  # for a row tile of 64
 """Two programs an SM: one reads while the other lists. On an H200, 32,000 x 4,096, 1 row: 68.0 us;
 with one program that reads as far ahead (6 stages) 70.5. 64 rows: 73.3 us; with the weight on the
 left 81.6, for its groups lie across warps; at 16 rows that is the faster one (wgmma). Tiles dealt
-to two programs an SM, in one loop over all their columns, were 1 to 3% slower."""
+to two programs an SM, in one loop over all their columns, were up to 3% slower."""
 SINGLES = Config(32, 32, 4, 3, 32)  # no tensor cores: float32 products are exact ones
 
 

@@ -313,7 +313,7 @@ def tiles_of(kv_heads: int, head_size: int, dtype: torch.dtype, arch: int) -> Ti
 
     On an H200, one row of 40 heads at 1,024 tokens: 18.7 us in chunks of 512, 12.8 of 256. 16 rows
     of 32 heads at 4,096: 23.6 and 27.0 us, with fine chunks up to 1,024 24.3. Four warps a tile are
-    1 to 3% slower than two, 64 keys a tile 1 to 5% slower than 32.
+    up to 2% slower than two (bench/results/h200/sweeps/tree_attention.txt).
     """
     if dtype is torch.float32:  # exact products on the plain cores: small tiles, or they spill
         return Tiles(256, 16, 16, 4 if head_size <= 128 else 8, 1, 512)
