@@ -1,14 +1,13 @@
 """Move the accepted path's K and V, all layers in one launch, and write the new lengths.
 
 A program has one sequence, a slice of its tokens' columns and a run of *planes* (K or V of a
-layer). It stages up to `GROUP` tokens in registers, plane by plane and by rising depth, then stores
+layer). It stages up to `group` tokens of so many planes in registers, by rising depth, then stores
 them. Slots overlap, and that order is safe: what one group stores lies below all that later groups
 of the plane load, since the d-th token comes from slot `c + a_d` with `a_d >= d` rising. Bytes are
 copied, so any dtype does. Programs of a sequence with nothing to move read its path and end.
-
-The run of planes follows the size of the batch: one at batch 1, where time is latency, and longer
-where there are programs enough. It decides no byte.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,12 +16,22 @@ from torch import Tensor
 
 from eesd_kernels.triton.launch import overlap
 
-SLICE = 2048  # bytes of a token that a program moves, 16 a thread
-GROUP = 8  # tokens in registers at once
-SPREAD = 4
-"""Threads that share the tokens of a column, so that each works out fewer places: with four five
-tokens in pages took 0.8 us less than with one (H200, 13B, batch 1)."""
-PROGRAMS = 4096  # enough: some 30 a multiprocessor, each with 16 KiB in flight
+
+class Tiling(NamedTuple):
+    """How the bytes are dealt to programs and threads; it decides none."""
+
+    slice: int  # bytes of a token's columns, 16 a thread
+    group: int  # tokens staged at once,
+    planes: int  # of so many planes each
+    spread: int  # threads that share the tokens of a column
+
+
+FEW = Tiling(512, 8, 4, 8)  # time is latency: a thread works out one token's places for four planes
+FEW_BELOW = 512  # programs
+MANY = Tiling(2048, 8, 1, 2)
+PROGRAMS = 1056  # of MANY, which take longer runs of planes: all have read their path at once
+"""On an H200 with nothing to move 1.3 us over an empty kernel at batch 64, and 4.5 with 4,096; that
+many would move five tokens each in 138 us, these in 147."""
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -56,9 +65,12 @@ def _rollback_kv_kernel(
     cache_ptr, path_ptr, lengths_ptr, table_ptr, new_ptr, planes, run, nodes, width, slots, pages,
     columns, stride_layer, stride_kv, stride_page, stride_slot, stride_head, stride_column,
     D: tl.constexpr, DENSE: tl.constexpr, PAGE: tl.constexpr, NODES: tl.constexpr,
-    GROUP: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, PLANES: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart."""
+    """A program has `run` times PLANES planes.
+
+    A contiguous cache is one of `PAGE` 0, its sequences `stride_page` apart.
+    """
     b = tl.program_id(0).to(tl.int64)
     depth = tl.arange(0, NODES)
     if PDL:
@@ -80,8 +92,8 @@ def _rollback_kv_kernel(
     at = column
     if not DENSE:
         at = column // D * stride_head + column % D * stride_column
-    first = tl.program_id(1) * run
-    count, each = tl.minimum(run, planes - first) * moves, 1.0 / moves
+    first = tl.program_id(1) * run * PLANES
+    count, each = tl.minimum(run, tl.cdiv(planes - first, PLANES)) * moves, 1.0 / moves
     if PAGE == 0:
         cache_ptr += b * stride_page
     else:
@@ -90,7 +102,7 @@ def _rollback_kv_kernel(
         turn = group + tl.arange(0, GROUP)
         # turn div moves, a multiplication: exact below 2^20 turns, 64 tokens of 8,192 layers.
         over = ((turn.to(tl.float32) + 0.5) * each).to(tl.int32)
-        plane, to, live = first + over, start + turn - over * moves, turn < count
+        to, live = start + turn - over * moves, turn < count
         node = tl.load(path_ptr + b * nodes + to, mask=live, other=-1)
         here, is_here = _place(
             table_ptr, length + node, slots, pages, stride_page, stride_slot, PAGE
@@ -98,13 +110,16 @@ def _rollback_kv_kernel(
         there, is_there = _place(
             table_ptr, length + to, slots, pages, stride_page, stride_slot, PAGE
         )
-        base = (plane >> 1).to(tl.int64) * stride_layer + (plane & 1).to(tl.int64) * stride_kv
         live &= (node > to) & is_here & is_there
-        mask = live[:, None] & (column < width)[None, :]
-        # [GROUP, SLICE]
-        staged = tl.load(cache_ptr + (base + here)[:, None] + at[None, :], mask=mask, other=0)
+        # [PLANES, GROUP]
+        plane = first + over[None, :] * PLANES + tl.arange(0, PLANES)[:, None]
+        base = (plane >> 1).to(tl.int64) * stride_layer + (plane & 1).to(tl.int64) * stride_kv
+        mask = (live[None, :] & (plane < planes))[:, :, None] & (column < width)[None, None, :]
+        here, there = (base + here[None, :])[:, :, None], (base + there[None, :])[:, :, None]
+        at_all = at[None, None, :]  # [PLANES, GROUP, SLICE]
+        staged = tl.load(cache_ptr + here + at_all, mask=mask, other=0)
         tl.debug_barrier()  # every thread has loaded before one stores
-        tl.store(cache_ptr + (base + there)[:, None] + at[None, :], staged, mask=mask)
+        tl.store(cache_ptr + there + at_all, staged, mask=mask)
 
 
 def rollback_kv(
@@ -122,17 +137,22 @@ def rollback_kv(
         return new
     planes, width, element = layers * two, heads * head_size, cache.element_size()
     strides = cache.stride()
-    per_slice = min(triton.next_power_of_2(max(width, 1)), SLICE // element)
-    slices = triton.cdiv(width, per_slice)
-    run = max(1, triton.cdiv(planes * batch * slices, PROGRAMS))
+    tiling = FEW
+    programs = triton.cdiv(planes, FEW.planes) * batch * triton.cdiv(width * element, FEW.slice)
+    if programs > FEW_BELOW:
+        tiling = MANY
+    per_slice = min(triton.next_power_of_2(max(width, 1)), tiling.slice // element)
+    slices, blocks = triton.cdiv(width, per_slice), triton.cdiv(planes, tiling.planes)
+    run = max(1, triton.cdiv(blocks * batch * slices, PROGRAMS))
     page = size if block_table is not None else 0
     table = block_table.contiguous() if block_table is not None else None
     columns = table.shape[1] if table is not None else 1
-    _rollback_kv_kernel[(batch, max(1, triton.cdiv(planes, run)), max(1, slices))](
+    _rollback_kv_kernel[(batch, max(1, triton.cdiv(blocks, run)), max(1, slices))](
         cache.view(BITS[element]), path.contiguous(), lengths.contiguous(), table, new,
         planes, run, nodes, width, columns * size, cache.shape[2], columns, *strides,
         D=head_size, DENSE=strides[5] == 1 and (heads == 1 or strides[4] == head_size),
-        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=GROUP, SLICE=per_slice,
-        num_warps=max(1, per_slice * element // 512) * SPREAD, **overlap(cache),
+        PAGE=page, NODES=triton.next_power_of_2(max(nodes, 1)), GROUP=tiling.group,
+        PLANES=tiling.planes, SLICE=per_slice,
+        num_warps=max(1, per_slice * element // 512) * tiling.spread, **overlap(cache),
     )  # fmt: skip
     return new

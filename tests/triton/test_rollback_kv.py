@@ -12,14 +12,16 @@ from torch import Tensor
 import eesd_kernels as ek
 from eesd_kernels import reference
 from eesd_kernels.triton import rollback_kv as kernels
-from eesd_kernels.triton.rollback_kv import rollback_kv
+from eesd_kernels.triton.rollback_kv import Tiling, rollback_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Tokens at once, bytes of a slice, programs that are enough: few of each make many groups, slices
-# and long runs of planes out of small caches.
-TILINGS = {"as it is": (8, 2048, 4096), "small": (2, 16, 8), "one by one": (1, 8, 1)}
+# Small tilings make many groups, slices and long runs of planes out of small caches.
+TILINGS = {
+    "few": ("FEW", kernels.FEW), "many": ("MANY", kernels.MANY),
+    "small": ("MANY", Tiling(16, 2, 2, 1)), "one by one": ("MANY", Tiling(8, 1, 1, 1)),
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -86,6 +88,13 @@ def check(given: Case, run: Callable[..., Tensor] = rollback_kv) -> None:
     assert torch.equal(given.lengths, lengths)
 
 
+def deal(monkeypatch: pytest.MonkeyPatch, name: str, tiling: Tiling) -> None:
+    """Every launch by this tiling; by that for large batches in as few programs as can be."""
+    monkeypatch.setattr(kernels, name, tiling)
+    monkeypatch.setattr(kernels, "FEW_BELOW", 0 if name == "MANY" else 1 << 30)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+
+
 def trees(count: int, nodes: int, seed: int = 0) -> list[list[int]]:
     """Paths, the first of which moves all but the root."""
     rng = random.Random(seed)
@@ -103,8 +112,7 @@ FORMS = [
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_random_trees(form: str, tiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(("GROUP", "SLICE", "PROGRAMS"), TILINGS[tiling], strict=True):
-        monkeypatch.setattr(kernels, name, value)
+    deal(monkeypatch, *TILINGS[tiling])
     few = tiling == "one by one"
     given = case(trees(2 if few else 6, 9, seed=len(form)), form, layers=1 if few else 2)
     check(given)
@@ -125,13 +133,14 @@ OVERLAPS = {
 }
 
 
-@pytest.mark.parametrize("group", [1, 2, 8])
+@pytest.mark.parametrize(("group", "planes"), [(1, 1), (2, 1), (8, 1), (2, 2), (4, 4), (8, 4)])
 @pytest.mark.parametrize("form", ["contiguous", "pages of 3"])
 @pytest.mark.parametrize("path", OVERLAPS.values(), ids=OVERLAPS)
-def test_overlaps(path: list[int], form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlaps(
+    path: list[int], form: str, group: int, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups of one plane one after the other, and groups that hold the end of one and the next."""
-    monkeypatch.setattr(kernels, "GROUP", group)
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    deal(monkeypatch, "MANY", Tiling(2048, group, planes, 1))
     check(case([path], form, heads=1, size=3))
 
 
