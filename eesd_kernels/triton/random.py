@@ -68,10 +68,9 @@ def words_of_tile(first, position, base, purpose, seed, N: tl.constexpr):
 
     A thread that has whole rows of a tile of logits has their words where it needs them.
     """
-    index = first // 4 + tl.arange(0, N // 4)[:, None]
+    index = first // 4 + tl.arange(0, N // 4)
     w0, w1, w2, w3 = words_of(index, position, base, purpose, seed)
-    lane = tl.arange(0, 4)[None, :]
-    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([N // 4, 4])
 
 
 @triton.jit

@@ -24,12 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from eesd_kernels.triton.launch import architecture, overlap
-from eesd_kernels.triton.random import race_noise, words_of_tile
 from eesd_kernels.triton.splits import (
     COUPLED,
     DETERMINISTIC,
+    EACH,
     NO_ID,
-    TARGET,
     children_of,
     depth_of,
     exponent,
@@ -47,9 +46,8 @@ from eesd_kernels.triton.splits import (
 
 SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
-EACH = 16  # ids of a split in a thread: 8 lost where all rows race, 32 and 64 nearly everywhere
-FOLD_BELOW = 1 << 20  # logits
-PROGRAMS = 2112  # of `statistics`: of more splits, each takes several and loads ahead
+FOLD_BELOW = 1 << 21  # logits: at 1.5 M one launch less pays, at 2.3 M no more
+PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads one ahead
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -105,7 +103,6 @@ def _statistics_kernel(
             if cutoff_ptr is not None:  # NaN stays
                 x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
             if racing:
-                noise = race_noise(words_of_tile(first, place, base, TARGET, seed, BLOCK))
                 top, d = lowered(x, c)
                 total = sum_of(tl.exp2(d))
                 if FOLD:  # noqa: SIM102, but for the ids that the walk weighs itself
@@ -120,7 +117,7 @@ def _statistics_kernel(
                                 d = without(d, first, theirs, BLOCK)
                         elif q_ids_ptr is not None:
                             d = without(d, first, listed, BLOCK)
-                key, who = race_split(d, noise, first, BLOCK)
+                key, who = race_split(d, first, place, base, seed, BLOCK)
             else:
                 top, d = lowered(x, c)
                 total = sum_of(tl.exp2(d))
@@ -158,12 +155,11 @@ def _race_kernel(
         at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
         top = tl.load(at + split)
         position += tl.load(stop + DEPTH) + 1
-        noise = race_noise(words_of_tile(first, position, base, TARGET, seed, BLOCK))
         if cutoff_ptr is not None:
             x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
         below = (x - finite_or_zero(top)) * c
         below = without(below, first, listed, BLOCK)
-        key, who = race_split(below, noise, first, BLOCK)
+        key, who = race_split(below, first, position, base, seed, BLOCK)
         mine = candidate_ptr + b * 2 * splits
         tl.store(mine + split, key.to(tl.int32, bitcast=True))
         tl.store(mine + splits + split, who)
@@ -188,7 +184,7 @@ def _race_kernel(
 def split_of(vocab: int) -> tuple[int, int]:
     """ids of a split, warps of its program: a function of V alone."""
     split = max(SPLIT, triton.next_power_of_2(triton.cdiv(vocab, MOST_SPLITS)))
-    return split, max(1, split // EACH // 32)
+    return split, max(1, split // EACH.value // 32)
 
 
 def splits_of(vocab: int) -> int:
@@ -196,13 +192,9 @@ def splits_of(vocab: int) -> int:
     return triton.cdiv(vocab, split_of(vocab)[0])
 
 
-def folds(logits: Tensor, walk: int = 1) -> bool:
-    """Whether racing in every row costs less than a launch for the row where the walk stops.
-
-    walk: 2 for a tree's: the walk that only hands over to a race needs more registers than the one
-    that ends, and at 64 nodes with 64 ids of each law it spills on sm_100.
-    """
-    return logits.numel() < walk * FOLD_BELOW
+def folds(logits: Tensor) -> bool:
+    """Whether racing in every row costs less than a launch for the row where the walk stops."""
+    return logits.numel() < FOLD_BELOW
 
 
 def new_partial(logits: Tensor) -> Tensor:
@@ -245,15 +237,18 @@ def statistics(
     children = child_ids.shape[1] if child_ids is not None else 1
     q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
     programs = max(1, min(splits, PROGRAMS // (batch * rows)))
-    spills = logits.dtype is torch.float32 or architecture(logits.device) >= 100
+    programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
+    loop, arch = programs < splits, architecture(logits.device)
+    spills = logits.dtype is torch.float32 or arch >= 100
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
-        BONUS=bonus, FOLD=fold, LOOP=programs < splits, BLOCK=block,
+        BONUS=bonus, FOLD=fold, LOOP=loop, BLOCK=block,
         CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
         num_warps=warps,
-        # Else ptxas spills a word to fit a program more.
-        maxnreg=255 if spills else None, **overlap(logits),
+        # 255: else ptxas spills a word to fit a program more. 80: a tree's would have 95, and a
+        # multiprocessor one program less.
+        maxnreg=255 if spills else 80 if loop and arch >= 90 else None, **overlap(logits),
     )  # fmt: skip
 
 

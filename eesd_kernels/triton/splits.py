@@ -3,11 +3,14 @@
 import triton
 import triton.language as tl
 
-from eesd_kernels.triton.random import race_noise
+from eesd_kernels.triton.random import race_noise, words_of_tile
 
 NO_ID = tl.constexpr(2**31 - 1)
 DETERMINISTIC, COUPLED = tl.constexpr(1), tl.constexpr(2)
 TARGET = tl.constexpr(2)  # the purpose of the race's noise
+EACH = tl.constexpr(
+    16
+)  # ids of a split in a thread: 8 lost where all rows race, 32 and 64 nearly everywhere
 
 
 @triton.jit
@@ -110,11 +113,43 @@ def children_of(row, token_ptr, parent_ptr, count, COUNT: tl.constexpr):
 
 
 @triton.jit
-def race_split(below, noise, first, BLOCK: tl.constexpr):
-    """key and id of a split's winner; `below` as `lowered` gives it."""
-    keys = noise * tl.exp2(below * -1.0)  # `-x` is `0 - x` here, an instruction more
-    key = tl.min(tl.min(keys, 1), 0)
-    return key, first_of(keys == key, first, BLOCK)
+def _sooner(a, word_a, lift_a, id_a, b, word_b, lift_b, id_b):
+    """The smaller of two bounds, and what belongs to it."""
+    take = a <= b
+    word, lift = tl.where(take, word_a, word_b), tl.where(take, lift_a, lift_b)
+    return tl.where(take, a, b), word, lift, tl.where(take, id_a, id_b)
+
+
+@triton.jit
+def race_split(below, first, position, base, seed, BLOCK: tl.constexpr):
+    """key and id of a split's winner; `below` as `lowered` gives it.
+
+    `-log1p(-u) > u`: an id whose `u / mass` is above the best key has lost, without its logarithm.
+    So a thread takes the logarithm of one of its ids, the first by that bound. Where others might
+    still win, in few splits, it takes all.
+    """
+    THREADS: tl.constexpr = BLOCK // EACH if BLOCK > EACH else 1
+    words = words_of_tile(first, position, base, TARGET, seed, BLOCK)
+    lift = tl.exp2(below * -1.0)  # `-x` is `0 - x` here, an instruction more
+    # The bound times 2^32, as integers: these are as quick to compare, and NaN (0 inf) is last.
+    bound = (words.to(tl.float32) * lift).to(tl.int32, bitcast=True)
+    shape: tl.constexpr = [BLOCK // (4 * THREADS), THREADS, 4]
+    mine = (bound.reshape(shape), words.reshape(shape), lift.reshape(shape),
+            ids_of(first, BLOCK).reshape(shape))  # fmt: skip
+    bounds, word, its_lift, ids = tl.reduce(tl.reduce(mine, 2, _sooner), 0, _sooner)
+    key, who = winner(race_noise(word) * its_lift, ids, 0)
+    # By how much rounding may lift a bound over its key: by far less than 2^-20.
+    bar = (key * ((1 << 32) + (1 << 12))).to(tl.int32, bitcast=True)
+    rivals = tl.sum(tl.sum((mine[0] <= bar).to(tl.int32), 2), 0) - (bounds <= bar).to(tl.int32)
+    rivals = tl.sum(rivals, 0)
+    if rivals > 0:
+        # The words are worked out anew, for which no register is kept: the quotient is 0.
+        first += rivals // (4 * BLOCK) * 4
+        words = words_of_tile(first, position, base, TARGET, seed, BLOCK)
+        keys = race_noise(words) * lift
+        key = tl.min(tl.min(keys, 1), 0)
+        who = first_of(keys == key, first, BLOCK)
+    return key, who
 
 
 @triton.jit

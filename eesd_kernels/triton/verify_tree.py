@@ -251,7 +251,7 @@ def verify_tree(
     if not (top_k is None and top_p is None and min_p is None):
         cutoff = cutoffs(logits, number, temperature, top_k, top_p, min_p)
 
-    fold = rows.folds(logits, walk=2)
+    fold = rows.folds(logits)
     partial = rows.new_partial(logits)
     rows.statistics(
         logits, number, law, temperature, seed, position, base, partial, bonus=0, cutoff=cutoff,
