@@ -19,10 +19,17 @@ from op_samples import SAMPLES
 from pages import pages_of
 
 import eesd_kernels as ek
-from eesd_kernels.triton import rows
+from eesd_kernels.triton import rows, tree_attention
 
 NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache", "cache", "hidden",
           "lm_head", "target_logits"}  # fmt: skip
+LOOPING = ("verify_linear", "verify_tree", "tree_attention")
+TILES_OF = tree_attention.tiles_of
+
+
+def few_programs(*shape: Any) -> tree_attention.Tiles:
+    """The tiles of a head shape, for one program a head of the cache and row tile."""
+    return TILES_OF(*shape)._replace(programs=1)
 
 
 def cases(name: str) -> Iterator[dict[str, Any]]:
@@ -78,9 +85,12 @@ def main(names: list[str]) -> None:
     for name in names:
         torch.manual_seed(0)
         for given in cases(name):
-            for apart in (False, True) if name.startswith("verify") else (False,):
+            # As few programs as there can be take several splits, or chunks, each.
+            for few in (False, True) if name in LOOPING else (False,):
                 rows.SPLIT = 64
-                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if apart else (1 << 20, 1056)
+                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 1056)
+                tree_attention.FEWEST_SLOTS = 1 if few else 8
+                tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
                 getattr(ek, name)(**there)
                 torch.cuda.synchronize()
