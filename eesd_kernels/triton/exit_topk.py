@@ -1,14 +1,15 @@
 """RMSNorm, LM head, top-k and logsumexp in one pass over the weight, and no logits in memory.
 
 Three launches, each set off before the end of the last (programmatic dependent launch):
-- *prepare*, one program a row: the row normalised.
+- *prepare*, one program a row: the row normalised. More of them fill its records with poison.
 - *scan*, one program a tile of the weight and of up to 64 rows: the loop of `linear`, and of each
   group of ids the best DEPTH logits, a bound of all others (the next best) and the sum of
   exponentials: 24 or 32 bytes for 64 logits. First over the 16 ids that a warp holds, by shuffles,
   then over the warps in two exchanges.
-- *merge*, one program a row: the k best lie in the k groups whose own best are the greatest. A
-  group whose bound and whole list are above the k-th best may hide more: its logits are computed
-  anew, which 1 row in 5,000 needs (32,000 logits in random order, k = 8), and any row may.
+- *merge*, one program a row: the k best of all that is listed. A group whose bound and whole list
+  are above the k-th best may hide more: its logits are computed anew, which 1 row in 5,000 needs
+  (32,000 logits in random order, k = 8), and any row may. For k up to 8 one warp takes the records
+  as they come, while scan still runs: what is no longer poison has been written.
 
 Bound by reading the weight, `2 V H` bytes in bfloat16. A product's columns do not see each other,
 H is summed in ascending order, exponentials are added as integers and keys compared exactly, so a
@@ -30,12 +31,16 @@ from eesd_kernels.triton.sample_draft import draw, log2_up
 from eesd_kernels.triton.splits import NO_ID, from_l2
 
 ROW_TILES = (16, 32, 64)
-MOST_GROUPS = 1024  # read at once by a warp of merge, which has one warp or four
-MOST_SORTED = 4096  # by its four or eight
-MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
-COLUMNS = 128  # by which it ranks them
 IN_TURN = 3  # up to 2^this many of the best are found one after the other, more by sorting
+CHUNK = 128  # groups that merge reads at once to find them in turn
+MERGE_WARPS = 1  # and its warps then
+MOST_SORTED = 4096  # groups at once of those that it sorts, with four warps or eight
+MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
 LOWEST = tl.constexpr(-(2**31))
+POISON = tl.constexpr(-1)  # no word of a record: the upper half is a key's, at most that of +inf
+POISONED = tl.constexpr(2**31 - 1)  # what `order_of` gives for it: above that of +inf
+ANY = tl.constexpr(2**64 - 1)  # a key above all
+LANES = tl.constexpr(32)  # of a warp, which finds the greatest of one int32 a lane in one step
 UNIT = tl.constexpr(float(1 << 23))  # at most 2^8 of them: a uint32 holds the sum of a group
 WARP = tl.constexpr(16)  # rows of an accumulator in one warp, of mma and of wgmma
 
@@ -84,14 +89,21 @@ def _both(high, low):
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, norm_ptr, out_ptr, stride, size, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, norm_ptr, out_ptr, lists_ptr, stride, size, groups, eps, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """A row normalised by the first of its programs; if merge polls, its records are poisoned by
+    the others, so that the first takes no longer for it."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    norm_row(x_ptr + row * stride, norm_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
+    if part == 0:
+        norm_row(x_ptr + row * stride, norm_ptr, out_ptr + row * size, size, eps, WHOLE, BLOCK)
+    else:
+        at = (part - 1) * BLOCK + tl.arange(0, BLOCK)
+        poison = tl.full([BLOCK], POISON, tl.int64)
+        tl.store(lists_ptr + row * (4 * groups) + at, poison, mask=at < 4 * groups)
 
 
 @triton.jit
@@ -187,27 +199,6 @@ def _scan_kernel(
 
 
 @triton.jit
-def _best_in_turn(x, ids, K: tl.constexpr):
-    """Keys of the K greatest of x, int32 above LOWEST, one after the other."""
-    at = tl.arange(0, K)
-    chosen = tl.zeros([K], tl.uint64)
-    for i in range(K):
-        top = tl.max(x, 0)
-        first = tl.min(tl.where(x == top, ids, NO_ID), 0)
-        chosen = tl.where(at == i, tl.where(top > LOWEST, keyed(top, first), 0), chosen)
-        x = tl.where(ids == first, LOWEST, x)
-    return chosen
-
-
-@triton.jit
-def _best_of(keys, LOG: tl.constexpr, LOG_K: tl.constexpr, IN_TURN: tl.constexpr):
-    """The 2^LOG_K greatest of 2^LOG keys, descending."""
-    if IN_TURN:
-        return _best_in_turn(order_of(keys), id_of(keys), 1 << LOG_K)
-    return best_keys(keys, LOG, LOG_K)
-
-
-@triton.jit
 def _anew(
     x_ptr, w_ptr, group, V, H, stride_w, DOT: tl.constexpr, EVEN_H: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr, IDS: tl.constexpr,
@@ -252,20 +243,111 @@ def _listed(lists_ptr, group, there, GROUP: tl.constexpr, DEPTH: tl.constexpr):
     return listed.reshape([listed.numel]), last, _key_in(bound, bound * 0 - 1, first * 0)
 
 
+@triton.jit
+def _words(lists_ptr, left, C: tl.constexpr, POLL: tl.constexpr):
+    """The words of C records, DEPTH 2, or of as many as are left."""
+    at = tl.arange(0, C)
+    there, ptrs = at < left, lists_ptr + 4 * at
+    l0 = tl.load(ptrs, mask=there, other=0, volatile=POLL).to(tl.uint64, bitcast=True)
+    l1 = tl.load(ptrs + 1, mask=there, other=0, volatile=POLL).to(tl.uint64, bitcast=True)
+    l2 = tl.load(ptrs + 2, mask=there, other=0, volatile=POLL).to(tl.uint64, bitcast=True)
+    return l0, l1, l2
+
+
+@triton.jit
+def _most_of(l0, l1, l2):
+    """The greatest logit of these words, as `ordered`; POISONED if one is not written yet."""
+    return tl.max(tl.maximum(order_of(l0), tl.maximum(order_of(l1), order_of(l2))), 0)
+
+
+@triton.jit
+def _key_of(most, x, ids):
+    """The key of the greatest of x, which is given; 0 if none is left."""
+    first = tl.min(tl.where(x == most, ids, NO_ID), 0)
+    return tl.where(most > LOWEST, keyed(most, first), 0)
+
+
+@triton.jit
+def _key_at(keys, place):
+    """The key at a place of `[LANES]`, by halves: each is one step of a warp."""
+    key = tl.where(tl.arange(0, LANES) == place, keys, 0)
+    high, low = tl.max((key >> 32).to(tl.uint32), 0), tl.max(key.to(tl.uint32), 0)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def _best_in_turn(lists_ptr, groups, k, GROUP: tl.constexpr, C: tl.constexpr, POLL: tl.constexpr):
+    """A row's best listed keys `[LANES]`, the k-th, the largest logit, the sum of exponentials and
+    the most that a hidden one may be: C groups at a time, the next on their way meanwhile."""
+    at = tl.arange(0, LANES)
+    top, bar = tl.zeros([LANES], tl.uint64), tl.full([], 0, tl.uint64)
+    best, total = float("-inf"), tl.zeros([C], tl.float32)
+    hidden = tl.full([C], LOWEST, tl.int32)
+    l0, l1, l2 = _words(lists_ptr, groups, C, POLL)
+    for start in range(0, groups, C):
+        most = _most_of(l0, l1, l2)
+        if POLL:
+            while most == POISONED:
+                l0, l1, l2 = _words(lists_ptr, groups - start, C, POLL)
+                most = _most_of(l0, l1, l2)
+        lists_ptr += 4 * C
+        later0, later1, later2 = _words(lists_ptr, groups - start - C, C, POLL)
+        group = start + tl.arange(0, C)
+        x, id = order_of(l0), id_of(l1) + group * GROUP
+        next_x, next_id = order_of(l1), id_of(l2) + group * GROUP
+        hidden = tl.maximum(hidden, order_of(l2))
+
+        before, best = best, tl.maximum(best, unordered(most))
+        zero = _finite_or_zero(best)
+        tops = tl.where(group < groups, unordered(x), float("-inf"))
+        sums = l0.to(tl.uint32).to(tl.float32) * (1.0 / UNIT)
+        total = total * tl.exp(before - zero) + sums * tl.exp(tops - zero)
+
+        key = _key_of(most, x, id)
+        while key > bar:  # about k / c times in the c-th chunk
+            above = tl.gather(top, tl.maximum(at - 1, 0), 0)
+            top = tl.maximum(top, tl.where(at == 0, key, tl.minimum(above, key)))
+            bar = _key_at(top, k - 1)
+            out = id == id_of(key)
+            x, id = tl.where(out, next_x, x), tl.where(out, next_id, id)
+            next_x = tl.where(out, LOWEST, next_x)
+            key = _key_of(tl.max(x, 0), x, id)
+        l0, l1, l2 = later0, later1, later2
+    bound = tl.max(hidden, 0)
+    bound = tl.where(bound > LOWEST, keyed(bound, bound * 0), 0)
+    return top, bar, best, tl.sum(total, 0), bound
+
+
+@triton.jit
+def _most_hiding(lists_ptr, groups, bar, below, GROUP: tl.constexpr, C: tl.constexpr):
+    """Of the groups that may hide a key above the bar, the greatest last listed key that is below
+    the one given; 0 if none."""
+    hiding = tl.zeros([C], tl.uint64)
+    for start in range(0, groups, C):
+        group = start + tl.arange(0, C)
+        _, last, bound = _listed(lists_ptr, group, group < groups, GROUP, 2)
+        hiding = tl.maximum(hiding, tl.where((bound > bar) & (last < below), last, 0))
+    return tl.max(hiding, 0)
+
+
 @triton.jit(do_not_specialize=["k", "n"])
 def _merge_kernel(
     x_ptr, w_ptr, lists_ptr, values_ptr, ids_ptr, lse_ptr, V, H, groups, stride_x,
     stride_w, k, n, temperature_ptr, law_ptr, seed_ptr, position_ptr, base_ptr, parent_ptr,
     child_ptr, q_ptr, DOT: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, DEPTH: tl.constexpr, LOG_G: tl.constexpr, LOG_C: tl.constexpr,
-    LOG_P: tl.constexpr, LOG_K: tl.constexpr, LOG_IDS: tl.constexpr, IN_TURN: tl.constexpr,
-    ONCE: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, DEPTH: tl.constexpr, LOG_C: tl.constexpr, LOG_K: tl.constexpr,
+    LOG_IDS: tl.constexpr, IN_TURN: tl.constexpr, ONCE: tl.constexpr, DRAW: tl.constexpr,
+    POLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: its groups into its k best and logsumexp; then the draw, if any."""
+    """One row: its groups into its k best and logsumexp; then the draw, if any.
+
+    With POLL it starts while scan runs, takes each record as soon as it is written, and waits for
+    scan's end only before its own, so that who waits for this kernel waits for both; scan reads
+    nothing that is written here. All programs of scan and of what came before it have their place
+    on the GPU by then, or have ended: none has to wait for that of one that polls.
+    """
     K: tl.constexpr = 1 << LOG_K
     C: tl.constexpr = 1 << LOG_C
-    P: tl.constexpr = 1 << LOG_P
-    G: tl.constexpr = 1 << LOG_G
     row = tl.program_id(0).to(tl.int64)
     node = 0
     if DRAW:
@@ -275,62 +357,59 @@ def _merge_kernel(
         if parent_ptr is not None:
             node = from_l2(parent_ptr + row)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        if not POLL:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    # In turn: columns of P groups each, by their best; else the groups themselves.
+    # A group may hide some of the best if its bound and all that it lists are above the k-th.
     lists_ptr += row * (4 * groups)
-    best, total = float("-inf"), 0.0
-    column, first = tl.full([C], LOWEST, tl.int32), tl.full([C], NO_ID, tl.int32)
-    chosen = tl.zeros([K], tl.uint64)
-    for start in range(0, 1 if ONCE else groups, G):  # of one, the sum fills the waits below
-        group = start + tl.arange(0, G)
-        there = group < groups
-        stats = tl.load(lists_ptr + 4 * group, mask=there, other=0).to(tl.uint64, bitcast=True)
-        order = order_of(stats)
-        tops = tl.where(there, value_of(stats), float("-inf"))
-        sums = stats.to(tl.uint32).to(tl.float32) * (1.0 / UNIT)
-        if IN_TURN:
-            order, group = order.reshape([G // C, C]), group.reshape([G // C, C])
-            top = tl.max(order, 0)
-            who = tl.min(tl.where(order == top[None, :], group, NO_ID), 0)
-            first = tl.where(top > column, who, first)
-            column = tl.maximum(column, top)
-            most = unordered(tl.max(column, 0))  # of integers a warp finds it in one step
-        else:
-            most = tl.maximum(best, tl.max(tops, 0))
-            some = best_keys(tl.where(there, keyed(order, group), 0), LOG_G, LOG_K)
+    at = tl.arange(0, K)
+    if IN_TURN:
+        top, bar, best, total, bound = _best_in_turn(lists_ptr, groups, k, GROUP, C, POLL)
+        top = tl.gather(top, at, 0)
+        bad = tl.abs(best) == float("inf")
+        hiding = bar  # none
+        if (bound > bar) & (bad == 0):
+            if PDL and POLL:
+                tl.extra.cuda.gdc_wait()
+            hiding = _most_hiding(lists_ptr, groups, bar, tl.full([], ANY, tl.uint64), GROUP, C)
+    else:
+        best, total = float("-inf"), 0.0
+        chosen = tl.zeros([K], tl.uint64)
+        for start in range(0, 1 if ONCE else groups, C):  # of one, the sum fills the waits below
+            group = start + tl.arange(0, C)
+            there = group < groups
+            stats = tl.load(lists_ptr + 4 * group, mask=there, other=0).to(tl.uint64, bitcast=True)
+            order = order_of(stats)
+            tops = tl.where(there, value_of(stats), float("-inf"))
+            sums = stats.to(tl.uint32).to(tl.float32) * (1.0 / UNIT)
+            some = best_keys(tl.where(there, keyed(order, group), 0), LOG_C, LOG_K)
             if start == 0:
                 chosen = some
             else:
                 chosen = best_keys(tl.join(chosen, some).reshape([2 * K]), LOG_K + 1, LOG_K)
-        before, best = best, most
-        zero = _finite_or_zero(best)
-        total = total * tl.exp(before - zero) + tl.sum(sums * tl.exp(tops - zero), 0)
-    if IN_TURN:
-        chosen = _best_in_turn(column, first, K)
-        group = (id_of(chosen) % C)[:, None] + tl.arange(0, P)[None, :] * C
-        there = ((chosen != 0)[:, None] & (group < groups)).reshape([K * P])
-        group = group.reshape([K * P])
-    else:
-        there, group = chosen != 0, id_of(chosen)
-
-    # A group may hide some of the best if its bound and all that it lists are above the k-th.
-    listed, last, bound = _listed(lists_ptr, group, there, GROUP, DEPTH)
-    top = _best_of(listed, LOG_K + LOG_P + DEPTH - 1, LOG_K, IN_TURN)
-    at = tl.arange(0, K)
-    bar = tl.max(tl.where(at == k - 1, top, 0), 0)
-    bad = tl.abs(best) == float("inf")
-    last = tl.where(bad, 0, tl.where(bound > bar, last, 0))
-    while tl.max((last > bar).to(tl.int32), 0) > 0:
+            before, best = best, tl.maximum(best, tl.max(tops, 0))
+            zero = _finite_or_zero(best)
+            total = total * tl.exp(before - zero) + tl.sum(sums * tl.exp(tops - zero), 0)
+        # The k best lie in the k groups whose own best are the greatest.
+        listed, last, bound = _listed(lists_ptr, id_of(chosen), chosen != 0, GROUP, DEPTH)
+        top = best_keys(listed, LOG_K + DEPTH - 1, LOG_K)
+        bar = tl.max(tl.where(at == k - 1, top, 0), 0)
+        bad = tl.abs(best) == float("inf")
+        last = tl.where(bad, 0, tl.where(bound > bar, last, 0))
         hiding = tl.max(last, 0)
+    while hiding > bar:
         anew = _anew(x_ptr + row * stride_x, w_ptr, id_of(hiding) // GROUP, V, H, stride_w, DOT,
                      EVEN_H, BLOCK_H, GROUP, 1 << LOG_IDS)  # fmt: skip
         top = tl.where(id_of(top) // GROUP == id_of(hiding) // GROUP, 0, top)
         anew = best_keys(anew, LOG_IDS, LOG_K)
         top = best_keys(tl.join(top, anew).reshape([2 * K]), LOG_K + 1, LOG_K)
         bar = tl.max(tl.where(at == k - 1, top, 0), 0)
-        last = tl.where(bound > bar, tl.where(last < hiding, last, 0), 0)
+        if IN_TURN:
+            hiding = _most_hiding(lists_ptr, groups, bar, hiding, GROUP, C)
+        else:
+            last = tl.where(bound > bar, tl.where(last < hiding, last, 0), 0)
+            hiding = tl.max(last, 0)
 
     values = tl.where(bad, float("nan"), value_of(top))
     ids = tl.where(bad, -1, tl.where(at < k, id_of(top), -1))
@@ -342,6 +421,8 @@ def _merge_kernel(
         q, children = draw(values, ids, temperature, law, seed, position, base, node, LOG_K)
         tl.store(q_ptr + row * k + at, q, mask=at < k)
         tl.store(child_ptr + row * n + at, children, mask=at < n)
+    if PDL and POLL:
+        tl.extra.cuda.gdc_wait()
 
 
 def config_of(halves: bool, row_tile: int) -> Config:
@@ -363,11 +444,13 @@ def launch(
     *,
     config: Config | None = None,
     row_tile: int | None = None,
+    poll: bool | None = None,
 ) -> bool:
     """Fill `out`; False for arguments left to the reference.
 
     `draft` is temperature, law, seed, position, base, parent of a draw of n children, which also
-    fills `out[3:]`. `config` and `row_tile` are for measuring; left out, the shapes decide.
+    fills `out[3:]`. `config`, `row_tile` and `poll` are for measuring; left out, the shapes and the
+    device decide.
     """
     rows, (vocab, size) = hidden.shape[0], lm_head.shape
     float64 = norm_weight is not None and norm_weight.dtype is torch.float64
@@ -387,18 +470,19 @@ def launch(
     blackwell = architecture(device) >= 100 and not single
     dot = tl.float32 if single else tl.bfloat16 if x.dtype is torch.bfloat16 else tl.float16
     stage = config.block_h * (config.block_v * width + row_tile * x.element_size())
-    pdl = overlap(x)
+    pdl, in_turn = overlap(x), log_k <= IN_TURN
+    poll = (pdl["PDL"] if poll is None else poll) and in_turn and norm_weight is not None
 
+    lists = torch.empty(rows, groups, 4, dtype=torch.int64, device=device)
     if norm_weight is not None:
         normed = x.new_empty(rows, size)
         block, warps = tile_of(size)
-        _prepare_kernel[(rows,)](
-            x, norm_weight.contiguous(), normed, x.stride(0), size, eps,
+        _prepare_kernel[(rows, 1 + (triton.cdiv(4 * groups, block) if poll else 0))](
+            x, norm_weight.contiguous(), normed, lists, x.stride(0), size, groups, eps,
             WHOLE=size <= block, BLOCK=block, num_warps=warps, **pdl,
         )  # fmt: skip
         x = normed
     depth = depth_of(log_k)
-    lists = torch.empty(rows, groups, 4, dtype=torch.int64, device=device)
     _scan_kernel[(triton.cdiv(rows, row_tile), triton.cdiv(vocab, config.block_v))](
         x, weight, lists, rows, vocab, size, groups, x.stride(0), weight.stride(0), DOT=dot,
         EVEN_V=vocab % config.block_v == 0, EVEN_H=size % config.block_h == 0,
@@ -411,19 +495,14 @@ def launch(
         num_stages=max(1, min(config.stages, (shared_memory(device) - 4096) // stage)), **pdl,
     )  # fmt: skip
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
-    in_turn, merge_h = log_k <= IN_TURN, min(MERGE_H, config.block_h // 2)
-    log_c = max(log2_up(COLUMNS), log_k)
-    warps = 1 if groups <= MOST_GROUPS else 4
-    most = MOST_GROUPS * warps if in_turn else MOST_SORTED
-    log_g = max(log2_up(min(groups, most)), log_c)
+    merge_h = min(MERGE_H, config.block_h // 2)
+    log_c = log2_up(CHUNK) if in_turn else max(log2_up(min(groups, MOST_SORTED)), log_k)
     _merge_kernel[(rows,)](
         x, weight, lists, *out[:3], vocab, size, groups, x.stride(0), weight.stride(0), k,
         n, *drawn, DOT=dot, EVEN_H=size % merge_h == 0, BLOCK_H=merge_h, GROUP=config.group,
-        DEPTH=depth, LOG_G=log_g, LOG_C=log_c,
-        LOG_P=log2_up(triton.cdiv(groups, 1 << log_c)) if in_turn else 0, LOG_K=log_k,
-        LOG_IDS=max(log2_up(config.group), log_k), IN_TURN=in_turn, ONCE=groups <= 1 << log_g,
-        DRAW=bool(draft),
-        num_warps=warps if in_turn else max(4, min(8, (1 << log_g) // 512)),
+        DEPTH=depth, LOG_C=log_c, LOG_K=log_k, LOG_IDS=max(log2_up(config.group), log_k),
+        IN_TURN=in_turn, ONCE=not in_turn and groups <= 1 << log_c, DRAW=bool(draft), POLL=poll,
+        num_warps=MERGE_WARPS if in_turn else max(4, min(8, (1 << log_c) // 512)),
         num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,
     )  # fmt: skip

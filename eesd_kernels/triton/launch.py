@@ -3,6 +3,9 @@
 A kernel with the constant `PDL` is launched with `**overlap(tensor)` (programmatic dependent
 launch, from Hopper on). It calls `gdc_wait` before it reads what an earlier launch wrote or writes
 what one may still read, and `gdc_launch_dependents` where the next may take its place on the GPU.
+Every program does call `gdc_wait`, be it last of all, so that the end of a launch is the end of all
+before it. Behind a release that comes before the wait, the next may start while launches further
+back still run: what it reads before its own wait must be older than they are.
 """
 
 from functools import lru_cache

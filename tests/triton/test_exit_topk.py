@@ -3,7 +3,7 @@
 On a CPU the interpreter runs them: few rows, small vocabularies, several tiles and groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,10 +30,12 @@ def run(
     k: int,
     out: Results | None = None,
     config: module.Config | None = None,
+    norm: Tensor | None = None,
+    poll: bool | None = None,
 ) -> Results:
     hidden, head = hidden.to(DEVICE), head.to(DEVICE)
     out = out or module.new_outputs(hidden, k)
-    assert module.launch(hidden, head, k, None, 1e-5, out, config=config)
+    assert module.launch(hidden, head, k, norm, 1e-5, out, config=config, poll=poll)
     return out
 
 
@@ -183,11 +185,131 @@ def test_either_operand_on_the_left(x_left: bool) -> None:
 
 
 def test_more_groups_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MOST_GROUPS", "MOST_SORTED", "COLUMNS"):
+    for name in ("MOST_SORTED", "CHUNK"):
         monkeypatch.setattr(module, name, 4)
     hidden, head = small_integers(2, 4), small_integers(700, 4, seed=1)
     for k in (3, 17):
         exact(run(hidden, head, k), hidden, head, k)
+
+
+@pytest.fixture(params=[1, 4])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Groups that merge reads at once: of 32 ids each in float32."""
+    monkeypatch.setattr(module, "CHUNK", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize(("vocab", "k"), [(701, 8), (640, 1), (513, 6), (33, 8), (9, 8)])
+def test_ties_in_several_chunks(vocab: int, k: int) -> None:
+    """Few values, so that each of the best is one of many; the last group has 29 to 1 ids."""
+    hidden, head = small_integers(3, 3), small_integers(vocab, 3, seed=vocab)
+    exact(run(hidden, head, k), hidden, head, k)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_chunks_in_order(order: str) -> None:
+    """Every chunk better than all before it, and than all after it; logsumexp scaled anew."""
+    head = {"rising": 1.0, "falling": -1.0, "equal": 0.0}[order] * torch.arange(300.0)[:, None]
+    exact(run(torch.ones(1, 1), head, 8), torch.ones(1, 1), head, 8)
+
+
+def test_several_groups_hide_some_of_the_best(chunk: int, computed_anew: list[int]) -> None:
+    """In their own chunks, the one with the greatest listed first; a tie goes to the lower id."""
+    head = torch.arange(700.0)[:, None] / 1000
+    for first, best in ((70, [5.0, 4.5, 4.0]), (321, [9.0, 8.0, 7.0, 3.0]), (640, [6.0, 6.0, 6.0])):
+        head[first : first + len(best), 0] = torch.tensor(best)
+    head[5] = head[699] = 4.5
+    hidden = torch.ones(2, 1)
+    got = run(hidden, head, 8)
+    exact(got, hidden, head, 8)
+    assert got[1].tolist() == [[321, 322, 323, 640, 641, 642, 70, 5]] * 2
+    if DEVICE == "cpu":
+        assert computed_anew == [10, 20] * 2, "not group 2, whose second is no longer of the best"
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, None], ids=str)
+def test_bad_logits_in_any_chunk(bad: float | None, computed_anew: list[int]) -> None:
+    """-inf in all chunks but one, first, among others or last, with three equal logits or bad ones,
+    of which the list shows two: a bad row's hidden logits matter no more."""
+    for last in (2, 42, 299):
+        head = torch.full((300, 1), -torch.inf)
+        head[last - 2 : last + 1] = 1.0 if bad is None else bad
+        exact(run(torch.ones(1, 1), head, 3), torch.ones(1, 1), head, 3)
+        if DEVICE == "cpu":
+            assert bool(computed_anew) == (bad is None)
+
+
+class Between:
+    """A kernel whose launches hand their third argument, the records, to somebody first."""
+
+    def __init__(self, kernel: Any, look: Callable[[Tensor], None]) -> None:
+        self.kernel, self.look = kernel, look
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.look(args[2])
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(300, 5), (33, 3000)])
+def test_records_start_as_poison_and_hold_none(
+    vocab: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each word of them, and whatever the logits are: else merge would read rubbish, or wait on."""
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    for kernel, seen in (("_scan_kernel", before), ("_merge_kernel", after)):
+        keep = Between(getattr(module, kernel), lambda x, seen=seen: seen.append(x.clone()))
+        monkeypatch.setattr(module, kernel, keep)
+    hidden = normal(7, size, dtype=torch.float32)
+    hidden[1, 0], hidden[2, 0], hidden[3] = torch.nan, torch.inf, 0.0
+    head = normal(vocab, size, dtype=torch.float32)
+    head[:, 1] = head[:, 1].abs() + 1e-3
+    hidden[4], hidden[5] = 0.0, 0.0
+    hidden[4, 1], hidden[5, 1] = torch.inf, -torch.inf
+    norm = torch.ones(size, device=DEVICE)
+    run(hidden, head, 8, norm=norm, poll=True)
+    run(hidden, head, 8, poll=True)
+    assert len(before) == len(after) == 2
+    assert (before[0] == -1).all()
+    for records in after:
+        assert (records[:, :, :3] != -1).all()
+        assert (records[:, :, 3] == 0).all()
+
+
+def test_polls_until_every_word_is_there(
+    monkeypatch: pytest.MonkeyPatch, computed_anew: list[int]
+) -> None:
+    """In the interpreter alone, scan is over when merge starts: words are held back here."""
+    torch.manual_seed(0)
+    hidden, head = normal(2, 40, dtype=torch.float32), normal(700, 40, dtype=torch.float32)
+    norm, calls, inner = torch.ones(40, device=DEVICE), 0, module._words
+    want = run(hidden, head, 3, norm=norm, poll=False)
+    anew = list(computed_anew)
+    monkeypatch.setattr(module, "CHUNK", 4)
+
+    def late(lists_ptr: object, left: Any, *rest: object) -> Any:
+        nonlocal calls
+        words, calls = inner(lists_ptr, left, *rest), calls + 1
+        there = min(4, int(left.handle.data.item()))
+        if there > 0 and calls % 5:
+            words[calls % 3].handle.data[calls % there] = 2**64 - 1
+        return words
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "_words", late)
+    got = run(hidden, head, 3, norm=norm, poll=True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[2], want[2], rtol=3e-7, atol=1e-6)
+    if DEVICE == "cpu":
+        assert calls >= 2 * 6 * 4
+        assert computed_anew == 2 * anew
 
 
 def test_equal_rows_of_the_head_go_by_id() -> None:
@@ -387,6 +509,19 @@ def test_graph_replay(real: tuple[Tensor, Tensor, Tensor]) -> None:
             t.fill_(77)
         graph.replay()
         assert all(torch.equal(a, b.flip(0)) for a, b in zip(out, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_polling_changes_no_bits(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Call upon call, so that each takes the records' memory of the one before."""
+    hidden, head, norm = real
+    for rows in (1, 16, 64, 200):
+        x = [hidden.roll(i, 0)[:rows].clone() for i in range(10)]
+        want = [run(part, head, 8, norm=norm, poll=False) for part in x]
+        torch.cuda.synchronize()
+        got = [run(part, head, 8, norm=norm) for part in x]
+        for a, b in zip(got, want, strict=True):
+            assert all(torch.equal(c, d) for c, d in zip(a, b, strict=True)), rows
 
 
 @pytest.mark.gpu
