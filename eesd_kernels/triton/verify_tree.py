@@ -139,6 +139,9 @@ def _walk_kernel(
         w = some_from_l2(q_probs_ptr + at, listed & (ids >= 0), 0.0)
     top, norm = merge(tops, sums, c, 1)
     bad = (norm > 0) == 0
+    dead = bad.to(tl.int32)
+    if AHEAD:  # every warp gets all nodes', and a maximum over nodes stays within a warp
+        dead = tl.gather(dead, node, 0)
     norm = norm.to(tl.float64)
     key, token = tl.full([NODES], float("inf"), tl.float32), tl.full([NODES], -1, tl.int32)
     if FOLD | matching:
@@ -176,8 +179,9 @@ def _walk_kernel(
     # Walked is who and whose every ancestor stands.
     stood = bits_of(taken & known, node, NODES)
     walked = live & ((way & stood) == way)
-    last, m = tl.max(tl.where(walked, node, 0), 0), tl.max(tl.where(walked, depth, 0), 0)
-    failed = ((bits_of(bad & live, node, NODES) >> last) & 1) != 0
+    # The furthest, as a node stands behind its parent: number, depth and state in one maximum.
+    furthest = tl.max(tl.where(walked, node * 256 + depth * 2 + dead, 0), 0)
+    last, m, failed = furthest >> 8, (furthest >> 1) & 127, (furthest & 1) != 0
     nothing = failed | (number == 0)
     end = node == last
     if matching == 0:
