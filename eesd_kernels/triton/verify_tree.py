@@ -1,10 +1,12 @@
 """verify_tree from logits: statistics of the live rows, one walk a sequence, one race.
 
 What happens at a node depends on its row, its children and its noise alone, so the walk's program
-tests all nodes at once, sibling by sibling, and follows the accepted children from the root when
-all is known. Draft laws are a tile `[NODES, WIDTH]`; who is whose child, one `[NODES, NODES]`. The
-numbers of a node are float64, made of float32 sums. Launches, and what races where, as in
-`verify_linear.py`. Dense draft laws are left to the reference.
+tests all nodes at once, sibling by sibling, races where each would end, and follows the accepted
+children from the root when all is known: one program's latency, so all that the rows do not change
+is worked out before their statistics are there. Draft laws are a tile `[NODES, WIDTH]`; who is
+whose child, one `[NODES, NODES]`. The numbers of a node are float64, made of float32 sums.
+Launches, and what races where, as in `verify_linear.py`. Dense draft laws are left to the
+reference.
 """
 
 import torch
@@ -15,7 +17,16 @@ from torch import Tensor
 from eesd_kernels.triton import rows
 from eesd_kernels.triton.launch import overlap
 from eesd_kernels.triton.levels import at_level
-from eesd_kernels.triton.nodes import lineage, offer_drawn, offer_fixed, pack, weigh
+from eesd_kernels.triton.nodes import (
+    bits_of,
+    lineage,
+    noise_of,
+    offer_drawn,
+    offer_fixed,
+    pack,
+    turns,
+    weigh,
+)
 from eesd_kernels.triton.random import words_of
 from eesd_kernels.triton.rows import (
     ARRIVED,
@@ -55,10 +66,11 @@ def _walk_kernel(
     logits_ptr, stride_b, stride_r, node_ids_ptr, parent_ptr, num_nodes_ptr, q_ids_ptr,
     q_probs_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr,
     partial_ptr, stop_ptr, excluded_ptr, accepted_ptr, path_ptr, token_ids_ptr, status_ptr,
-    nodes, vocab, splits, k, count, NODES: tl.constexpr, SPLITS: tl.constexpr,
+    nodes, vocab, splits, count, K: tl.constexpr, NODES: tl.constexpr, SPLITS: tl.constexpr,
     WIDTH: tl.constexpr, COUNT: tl.constexpr, FOLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     SPARSE: tl.constexpr = q_ids_ptr is not None
+    AHEAD: tl.constexpr = NODES * WIDTH <= 2048  # else what is worked out ahead would spill
     b = tl.program_id(0).to(tl.int64)
     node, split, col = tl.arange(0, NODES), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     number = tl.minimum(tl.maximum(from_l2(num_nodes_ptr + b), 0), nodes)
@@ -71,12 +83,12 @@ def _walk_kernel(
     up = tl.maximum(parent, 0)
     t = some_from_l2(node_ids_ptr + b * nodes + node, parent >= 0, -1)
     if SPARSE:  # [NODES, WIDTH]: the laws' ids and weights, and the ids of the parents'
-        at = (b * nodes + node)[:, None] * k + col[None, :]
-        listed = live[:, None] & (col < k)[None, :]
+        at = (b * nodes + node)[:, None] * K + col[None, :]
+        listed = live[:, None] & (col < K)[None, :]
         ids = some_from_l2(q_ids_ptr + at, listed, -1)
         w = some_from_l2(q_probs_ptr + at, listed, 0.0)
-        at = (b * nodes + up)[:, None] * k + col[None, :]
-        above = some_from_l2(q_ids_ptr + at, (parent >= 0)[:, None] & (col < k)[None, :], -1)
+        at = (b * nodes + up)[:, None] * K + col[None, :]
+        above = some_from_l2(q_ids_ptr + at, (parent >= 0)[:, None] & (col < K)[None, :], -1)
     known = (t >= 0) & (t < vocab)
     row_ptr = logits_ptr + b * stride_b
     at = up.to(tl.int64) * stride_r + tl.where(known, t, 0)
@@ -95,8 +107,9 @@ def _walk_kernel(
     c, greedy = exponent(temperature), (temperature > 0) == 0
     matching = greedy | (law == COUPLED)
     fixed = (law == DETERMINISTIC) | (q_probs_ptr is None)
-    depth, first, sibling, following, fresh = lineage(parent, t, node, NODES)
+    depth, way, first, elders, following, fresh = lineage(parent, t, node, NODES)
     fresh = fresh & known
+    sibling = tl.sum(elders.to(tl.int32), 1)
     most = tl.max(tl.where(parent >= 0, sibling + 1, 0), 0)
     word, _w1, _w2, _w3 = words_of(sibling, position + depth, base, ACCEPT, seed)
     place = tl.full([NODES], 0, tl.int32)
@@ -104,6 +117,12 @@ def _walk_kernel(
         place = tl.min(tl.where(above == t[:, None], col[None, :], WIDTH), 1)
         place = tl.where(fresh, place, WIDTH)
     offered = pack(word, place, following)
+    # The race's noise of the ids that the walk weighs itself.
+    noise_t = noise_of(t, position + depth, base, seed)
+    if SPARSE:
+        if AHEAD:
+            noise = noise_of(ids, (position + depth + 1)[:, None], base, seed)
+        when, u, share, drawn = turns(w, offered, first, most, NODES, WIDTH, AHEAD)
 
     if PDL:  # all above is the caller's and was there before
         tl.extra.cuda.gdc_wait()
@@ -112,88 +131,84 @@ def _walk_kernel(
     mask = live[:, None] & (split < splits)[None, :]
     tops = tl.load(at + TOP * splits, mask=mask, other=float("-inf"))
     sums = tl.load(at + SUM * splits, mask=mask, other=0.0)
-    key_at = at + KEY * splits
+    raced = mask & (FOLD | matching)
+    keys = tl.load(at + KEY * splits, mask=raced, other=float("inf"))
+    who = tl.load(at + ID * splits, mask=raced, other=0.0).to(tl.int32, bitcast=True)
+    if SPARSE:  # once more: a load here gives the laws' tiles their own layout from here on
+        at = (b * nodes + node)[:, None] * K + col[None, :]
+        w = some_from_l2(q_probs_ptr + at, listed & (ids >= 0), 0.0)
     top, norm = merge(tops, sums, c, 1)
     bad = (norm > 0) == 0
+    dead = bad.to(tl.int32)
+    if AHEAD:  # every warp gets all nodes', and a maximum over nodes stays within a warp
+        dead = tl.gather(dead, node, 0)
     norm = norm.to(tl.float64)
+    key, token = tl.full([NODES], float("inf"), tl.float32), tl.full([NODES], -1, tl.int32)
+    if FOLD | matching:
+        # Greedy: the splits with the row's top win. No branch, so that all this overlaps.
+        keys = tl.where(greedy, tl.where(tops == top[:, None], 0.0, float("inf")), keys)
+        key, token = merge_races(keys, tops, who, top, c, 1)
 
-    # The children that stand, each as if the walk came to its parent.
-    token = tl.full([NODES], -1, tl.int32)
-    if SPARSE:
-        r = tl.zeros([NODES, WIDTH], tl.float64)  # what is left of p on the laws' ids
+    # The children that stand, each as if the walk came to its parent; in a bad row, none.
+    inside_key = tl.full([NODES], float("inf"), tl.float32)
+    inside_id, rest_id = tl.full([NODES], NO_ID, tl.int32), tl.full([NODES], NO_ID, tl.int32)
+    p_t = tl.zeros([NODES], tl.float32)
     if matching:
-        keys = tl.load(key_at, mask=mask, other=float("inf"))
-        who = tl.load(key_at + splits, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-        if greedy:
-            token = tl.min(tl.where(tops == top[:, None], who, NO_ID), 1)
-        else:
-            _key, token = merge_races(keys, tops, who, top, c, 1)
-        taken = t == tl.gather(tl.where(bad, -1, token), up, 0)
+        taken = fresh & (t == tl.gather(tl.where(bad, -1, token), up, 0))
     elif fixed:
-        p_t = tl.where(fresh, mass_of(x_t, tl.gather(top, up, 0), c), -1.0).to(tl.float32)
+        p_t = tl.where(fresh, mass_of(x_t, tl.gather(top, up, 0), c), 0.0).to(tl.float32)
         onward = offer_fixed(p_t, norm, offered, first, most, NODES)
-        taken = node == tl.gather(tl.where(bad, NODES, onward), up, 0)
+        taken = node == tl.gather(onward, up, 0)
     elif SPARSE:
-        r = mass_of(x, top[:, None], c)
-        onward, r = offer_drawn(r, w, norm, offered, first, most, NODES, WIDTH)
-        taken = node == tl.gather(tl.where(bad, NODES, onward), up, 0)
+        p = mass_of(x, top[:, None], c)
+        onward, r = offer_drawn(p, w, norm, when, u, share, drawn, NODES, WIDTH, AHEAD)
+        taken = node == tl.gather(onward, up, 0)
+        r, p = r.to(tl.float32), p.to(tl.float32)
+        left = tl.sum(tl.where(ids >= 0, r, 0.0), 1)
+        # NaN: a draft law without sense takes nothing.
+        r = tl.where((left == left)[:, None], r, p)
+        if not AHEAD:
+            ids = some_from_l2(q_ids_ptr + at, listed, -1)
+            ids = tl.where((ids >= 0) & (ids < vocab), ids, -1)
+            noise = noise_of(ids, (position + depth + 1)[:, None], base, seed)
+        inside_key, inside_id = weigh(ids, r, noise, 1)
+        _, rest_id = weigh(ids, p, noise, 1)
     else:
         taken = node < 0
-    taken = taken & known
 
-    # From the root along them, as far as they lead.
-    last, m, walked = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), node == 0
-    step = tl.min(tl.where(taken & (parent == 0), node, NODES), 0)
-    while step < NODES:
-        last, m, walked = step, m + 1, walked | (node == step)
-        step = tl.min(tl.where(taken & (parent == step), node, NODES), 0)
-    end, place_m = node == last, position + m + 1
-    failed = (tl.max((end & bad).to(tl.int32), 0) > 0) & (number > 0)
+    # Walked is who and whose every ancestor stands.
+    stood = bits_of(taken & known, node, NODES)
+    walked = live & ((way & stood) == way)
+    # The furthest, as a node stands behind its parent: number, depth and state in one maximum.
+    furthest = tl.max(tl.where(walked, node * 256 + depth * 2 + dead, 0), 0)
+    last, m, failed = furthest >> 8, (furthest >> 1) & 127, (furthest & 1) != 0
     nothing = failed | (number == 0)
-
-    # The last row's race outside the ids that the walk weighs itself, if it was run, and theirs.
-    top_m, next_token = at_level(top, node, last), tl.sum(tl.where(end, token, 0), 0)
-    if FOLD:
-        at = partial_ptr + (b * nodes + last) * 4 * splits + split
-        mine = (split < splits) & (matching == 0)
-        tops_m = tl.load(at + TOP * splits, mask=mine, other=float("-inf"))
-        keys_m = tl.load(at + KEY * splits, mask=mine, other=float("inf"))
-        who_m = tl.load(at + ID * splits, mask=mine, other=0.0).to(tl.int32, bitcast=True)
+    end = node == last
     if matching == 0:
-        inside_key = tl.full([], float("inf"), tl.float32)
-        inside_id, rest_id = tl.full([], NO_ID, tl.int32), tl.full([], NO_ID, tl.int32)
         if fixed:  # its children, of which nothing is left
             theirs = tl.where((parent == last) & known, t, -1)
-            p_c = mass_of(x_t, top_m, c)
-            inside_key, inside_id, rest_id = weigh(theirs, p_c * 0.0, p_c, place_m, base, seed)
+            _, rest = weigh(theirs, p_t, noise_t, 0)
+            rest_id = tl.where(end, rest, rest_id)
             if not FOLD:
                 tl.store(excluded_ptr + b * count + node, theirs, mask=node < nodes)
-        elif SPARSE:
-            ids_m = tl.max(tl.where(end[:, None], ids, -1), 0)
-            p_m = mass_of(tl.sum(tl.where(end[:, None], x, 0.0), 0), top_m, c)
-            r_m = tl.sum(tl.where(end[:, None], r, 0.0), 0)
-            left = tl.sum(tl.where(ids_m >= 0, r_m, 0.0), 0)
-            # NaN: a draft law without sense takes nothing.
-            r_m = tl.where(left == left, r_m, p_m)
-            inside_key, inside_id, rest_id = weigh(ids_m, r_m, p_m, place_m, base, seed)
-            if not FOLD:
-                tl.store(excluded_ptr + b * count + col, ids_m, mask=col < k)
+        elif SPARSE and not FOLD:
+            listed_ptr = excluded_ptr + b * count + node[:, None] * 0 + col[None, :]
+            tl.store(listed_ptr, ids, mask=end[:, None] & (col < K)[None, :])
         if FOLD:
-            key_m, next_token = merge_races(keys_m, tops_m, who_m, top_m, c, 0)
-            next_token = pick(key_m, next_token, 1.0, inside_key, inside_id, rest_id)
+            token = pick(key, token, 1.0, inside_key, inside_id, rest_id)
         else:
-            lane, used = tl.arange(0, COUNT), tl.where(fixed, nodes, k)
+            lane, used = tl.arange(0, COUNT), tl.where(fixed, nodes, K)
             tl.store(excluded_ptr + b * count + lane, -1, mask=(lane >= used) & (lane < count))
             stop = stop_ptr + b * STOP
             tl.store(stop + PLACE, m)
             tl.store(stop + DEPTH, m)
             tl.store(stop + SCALE, 0x3F800000)
-            tl.store(stop + INSIDE_KEY, inside_key.to(tl.int32, bitcast=True))
-            tl.store(stop + INSIDE_ID, inside_id)
-            tl.store(stop + REST_ID, rest_id)
+            key_m = at_level(inside_key.to(tl.int32, bitcast=True), node, last)
+            tl.store(stop + INSIDE_KEY, key_m)
+            tl.store(stop + INSIDE_ID, at_level(inside_id, node, last))
+            tl.store(stop + REST_ID, at_level(rest_id, node, last))
             tl.store(stop + ARRIVED, 0)
     if not FOLD:  # the race writes the token, unless there is nothing to race for
-        next_token = tl.where(matching, next_token, -1)
         tl.store(stop_ptr + b * STOP + ROW, tl.where(matching | nothing, -1, last))
 
     at = b * nodes + node
@@ -201,13 +216,14 @@ def _walk_kernel(
     tl.store(path_ptr + b * nodes + depth, node, mask=walked)
     tl.store(path_ptr + at, -1, mask=behind)
     tl.store(token_ids_ptr + b * nodes + depth - 1, t, mask=walked & (node > 0))
-    tl.store(token_ids_ptr + at, tl.where(behind, -1, next_token), mask=behind | (node == m))
+    tl.store(token_ids_ptr + b * nodes + depth, token, mask=walked & end)
+    tl.store(token_ids_ptr + at, -1, mask=behind)
     tl.store(accepted_ptr + b, tl.where(nothing, 0, m))
     tl.store(status_ptr + b, failed.to(tl.int32))
 
 
 def _warps(tile: int) -> int:
-    return 1 if tile <= 512 else 4 if tile <= 2048 else 8 if tile <= 4096 else 16
+    return 1 if tile <= 512 else 4 if tile <= 1024 else 8
 
 
 def verify_tree(
@@ -265,7 +281,7 @@ def verify_tree(
     _walk_kernel[(batch,)](
         logits, logits.stride(0), logits.stride(1), node_ids, parent, number, q_ids, q_probs, law,
         temperature, cutoff, seed, position, base, partial, stop, excluded, accepted, path,
-        token_ids, status, nodes, vocab, splits, k, count, NODES=width, SPLITS=across,
+        token_ids, status, nodes, vocab, splits, count, K=k, NODES=width, SPLITS=across,
         WIDTH=listed, COUNT=triton.next_power_of_2(count), FOLD=fold,
         num_warps=_warps(width * max(width, across, listed)),
         **overlap(logits),

@@ -70,7 +70,7 @@ def equal(a: Any, b: Any) -> bool:
     ("vocab", "k", "nodes", "batch", "block"),
     [
         (5, 3, 4, 8, 8), (17, 8, 7, 5, 16), (101, 5, 5, 4, 64), (1000, 1, 3, 4, 1024),
-        (7, 3, 1, 4, 8),
+        (7, 3, 1, 4, 8), (101, 40, 40, 2, 64),
     ],
 )  # fmt: skip
 def test_sparse_laws(
