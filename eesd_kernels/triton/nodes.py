@@ -126,13 +126,13 @@ def offer_drawn(
     stood = tl.full([NODES, WIDTH], WIDTH * 128 + 127, tl.int32)
     for turn in range(most):
         s = tl.sum(r, 1) + outside
+        mine = (when >> 7) == turn
         if AHEAD:
             s *= tl.sum(tl.where(col == turn, share, 0.0), 1)
         else:
-            w_all = tl.sum(w.to(tl.float64), 1)
-            s = tl.where(w_all == 0, 0.0, s / w_all)
+            offers = tl.max(mine.to(tl.int32), 1) > 0
+            s = tl.where(offers, s / tl.sum(w.to(tl.float64), 1), 0.0)
         taken = s[:, None] * w.to(tl.float64)
-        mine = (when >> 7) == turn
         if AHEAD:
             stands = mine & (u.to(tl.float64) * taken < r)
         else:  # a conversion that stays in the loop: tiles of float64 would spill
