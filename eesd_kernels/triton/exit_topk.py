@@ -32,8 +32,8 @@ from eesd_kernels.triton.splits import NO_ID, from_l2
 
 ROW_TILES = (16, 32, 64)
 IN_TURN = 3  # up to 2^this many of the best are found one after the other, more by sorting
-CHUNK = 128  # groups that merge reads at once to find them in turn
-MERGE_WARPS = 1  # and its warps then
+CHUNK = 64  # groups that merge's warp reads at once to find them in turn; of
+MANY_GROUPS = 1024  # and more twice as many: it falls behind scan else
 MOST_SORTED = 4096  # groups at once of those that it sorts, with four warps or eight
 MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
 LOWEST = tl.constexpr(-(2**31))
@@ -496,13 +496,16 @@ def launch(
     )  # fmt: skip
     drawn = (*draft, *out[3:]) if draft else (None,) * 8
     merge_h = min(MERGE_H, config.block_h // 2)
-    log_c = log2_up(CHUNK) if in_turn else max(log2_up(min(groups, MOST_SORTED)), log_k)
+    if in_turn:
+        log_c = log2_up(CHUNK) + (groups >= MANY_GROUPS)
+    else:
+        log_c = max(log2_up(min(groups, MOST_SORTED)), log_k)
     _merge_kernel[(rows,)](
         x, weight, lists, *out[:3], vocab, size, groups, x.stride(0), weight.stride(0), k,
         n, *drawn, DOT=dot, EVEN_H=size % merge_h == 0, BLOCK_H=merge_h, GROUP=config.group,
         DEPTH=depth, LOG_C=log_c, LOG_K=log_k, LOG_IDS=max(log2_up(config.group), log_k),
         IN_TURN=in_turn, ONCE=not in_turn and groups <= 1 << log_c, DRAW=bool(draft), POLL=poll,
-        num_warps=MERGE_WARPS if in_turn else max(4, min(8, (1 << log_c) // 512)),
+        num_warps=1 if in_turn else max(4, min(8, (1 << log_c) // 512)),
         num_stages=6, maxnreg=None if device.type == "cpu" else 255,  # else ptxas spills a word
         **pdl,
     )  # fmt: skip

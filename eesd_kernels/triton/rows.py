@@ -80,18 +80,20 @@ def _statistics_kernel(
     temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
     position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
     raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
-    if FOLD:  # the row's own load waits for nothing
-        if parent_ptr is None:
-            child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
+    depth = row
+    if FOLD:  # what the race reads of a row waits for nothing
         if q_ids_ptr is not None:
             some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
             listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
+        if parent_ptr is None:
+            child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
+        else:
+            depth = depth_of(parent_ptr + b * rows, row)
     if row < tl.maximum(live, 0) + BONUS:
         c, sampled = exponent(temperature), temperature > 0
         racing, place = sampled & (FOLD | (law == COUPLED)), position + 1
         if racing:
-            depth = row
-            if parent_ptr is not None:
+            if parent_ptr is not None and not FOLD:
                 depth = depth_of(parent_ptr + b * rows, row)
             place, base = place + depth, tl.where(law == COUPLED, 0, base)
         step = tl.num_programs(2) if LOOP else 1

@@ -223,7 +223,7 @@ def _walk_kernel(
 
 
 def _warps(tile: int) -> int:
-    return 1 if tile <= 512 else 4 if tile <= 1024 else 8
+    return 1 if tile <= 512 else 8
 
 
 def verify_tree(
