@@ -82,12 +82,12 @@ def _statistics_kernel(
     raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
     depth = row
     if FOLD:  # what the race reads of a row waits for nothing
+        if parent_ptr is None:
+            child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
         if q_ids_ptr is not None:
             some, list_ptr = tl.arange(0, WIDTH), q_ids_ptr + (b * q_rows + row) * k
             listed = tl.load(list_ptr + some, mask=(some < k) & (row < q_rows), other=-1)
-        if parent_ptr is None:
-            child = tl.load(child_ptr + b * children + row, mask=row < children, other=-1)
-        else:
+        if parent_ptr is not None:
             depth = depth_of(parent_ptr + b * rows, row)
     if row < tl.maximum(live, 0) + BONUS:
         c, sampled = exponent(temperature), temperature > 0
