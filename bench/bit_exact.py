@@ -111,7 +111,9 @@ def _run(
                         "ids_equal": all(equal),
                         "mismatches": len(equal) - sum(equal),
                         "plain_B": base.batch,
-                        "plain_mismatches_across_batches": len(same) - sum(same),
+                        "plain_mismatches_across_batches": None
+                        if before is base
+                        else len(same) - sum(same),
                         "tokens": texts.tokens,
                         "mean_acceptance_length": round(texts.tokens_a_round, 3),
                         "captured": texts.captured and base.captured,

@@ -37,7 +37,8 @@ def write_results(
         out: folder instead of bench/results.
         on: machine folder; `machine()` unless given (a CPU bench on a GPU machine says cpu).
         key: fields that name a measurement. Rows of others that the file has already stay, so
-            that a long bench can be run in slices; the head is the last slice's.
+            that a long bench can be run in slices; the head is the last slice's, and each row has
+            the commit that it was measured on.
     """
     where = on or machine()
     path = (out or ROOT) / where / f"{bench}.json"
@@ -57,10 +58,11 @@ def write_results(
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *_arguments()]),
         "rows": rows,
     }
-    if key and path.exists():
+    if key:
         ours = {_name(row, key) for row in rows}
-        before = json.loads(path.read_text())["rows"]
-        content["rows"] = [row for row in before if _name(row, key) not in ours] + rows
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        kept = [row for row in before if _name(row, key) not in ours]
+        content["rows"] = kept + [{**row, "commit": content["commit"]} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -37,7 +37,9 @@ MANY_GROUPS = 1024  # and more twice as many: it falls behind scan else
 MOST_SORTED = 4096  # groups at once of those that it sorts, with four warps or eight
 MERGE_H = 32  # columns at once of a group that is computed anew: a warp has registers for no more
 LOWEST = tl.constexpr(-(2**31))
-POISON = tl.constexpr(-1)  # no word of a record: the upper half is a key's, at most that of +inf
+POISON = tl.constexpr(-1)  # no word of a record: the upper half is a key's, at most that of +inf.
+# Each word tells of itself alone whether it is written, in whatever order words arrive: aligned
+# stores and loads of 8 bytes are whole, and volatile loads do not stop at the L1.
 POISONED = tl.constexpr(2**31 - 1)  # what `order_of` gives for it: above that of +inf
 ANY = tl.constexpr(2**64 - 1)  # a key above all
 LANES = tl.constexpr(32)  # of a warp, which finds the greatest of one int32 a lane in one step

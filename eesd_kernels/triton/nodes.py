@@ -47,8 +47,18 @@ def bits_of(chosen, node, NODES: tl.constexpr):
 
 @triton.jit
 def pack(word, place, following):
-    """What the test of a child needs of it in one number: its uniform's bits, and two below 128."""
-    return (word >> 8).to(tl.int64) | (place << 24).to(tl.int64) | (following.to(tl.int64) << 32)
+    """What the test of a child needs of it in one number: its uniform's bits, place and sibling."""
+    return (word >> 8).to(tl.int64) | (place.to(tl.int64) << 24) | (following.to(tl.int64) << 40)
+
+
+@triton.jit
+def place_of(facts):
+    return (facts >> 24).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def following_of(facts):
+    return (facts >> 40).to(tl.int32)
 
 
 @triton.jit
@@ -72,7 +82,7 @@ def offer_fixed(p_t, s, offered, first, most, NODES: tl.constexpr):
         stands = uniform_of(facts).to(tl.float64) * s < r
         s = tl.where(r > 0, above_zero(s - r), s)
         onward = tl.where(stands, child, onward)
-        child = tl.where(there, (facts >> 32).to(tl.int32), NODES)
+        child = tl.where(there, following_of(facts), NODES)
     return onward
 
 
@@ -98,7 +108,7 @@ def turns(
     for _ in range(most):
         there, here = child < NODES, tl.minimum(child, NODES - 1)
         facts = tl.gather(offered, here, 0)
-        place = (facts >> 24).to(tl.int32) & 127
+        place = place_of(facts)
         w_all = tl.sum(w.to(tl.float64), 1)
         drawn = there & (place < WIDTH) & (w_all != 0)
         at_place = (col == place[:, None]) & drawn[:, None]
@@ -109,7 +119,7 @@ def turns(
             share = tl.where(now, (1.0 / w_all)[:, None], share)
         w = tl.where(at_place, 0.0, w)
         turn += drawn.to(tl.int32)
-        child = tl.where(there, (facts >> 32).to(tl.int32), NODES)
+        child = tl.where(there, following_of(facts), NODES)
     return when, u, share, tl.max(turn, 0)
 
 

@@ -8,9 +8,7 @@ from eesd_kernels.triton.random import race_noise, words_of_tile
 NO_ID = tl.constexpr(2**31 - 1)
 DETERMINISTIC, COUPLED = tl.constexpr(1), tl.constexpr(2)
 TARGET = tl.constexpr(2)  # the purpose of the race's noise
-EACH = tl.constexpr(
-    16
-)  # ids of a split in a thread: 8 lost where all rows race, 32 and 64 nearly everywhere
+EACH = tl.constexpr(16)  # ids of a split in a thread: 32 and 64 were slower nearly everywhere
 
 
 @triton.jit
@@ -138,7 +136,7 @@ def race_split(below, first, position, base, seed, BLOCK: tl.constexpr):
             ids_of(first, BLOCK).reshape(shape))  # fmt: skip
     bounds, word, its_lift, ids = tl.reduce(tl.reduce(mine, 2, _sooner), 0, _sooner)
     key, who = winner(race_noise(word) * its_lift, ids, 0)
-    # By how much rounding may lift a bound over its key: by far less than 2^-20.
+    # Rounding may lift a bound over its key, by less than 2^-20 of it.
     bar = (key * ((1 << 32) + (1 << 12))).to(tl.int32, bitcast=True)
     rivals = tl.sum(tl.sum((mine[0] <= bar).to(tl.int32), 2), 0) - (bounds <= bar).to(tl.int32)
     rivals = tl.sum(rivals, 0)

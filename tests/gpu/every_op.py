@@ -19,11 +19,11 @@ from op_samples import SAMPLES
 from pages import pages_of
 
 import eesd_kernels as ek
-from eesd_kernels.triton import rows, tree_attention
+from eesd_kernels.triton import exit_topk, rows, tree_attention
 
 NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache", "cache", "hidden",
           "lm_head", "target_logits"}  # fmt: skip
-LOOPING = ("verify_linear", "verify_tree", "tree_attention")
+LOOPING = ("verify_linear", "verify_tree", "tree_attention", "exit_topk", "exit_draft")
 TILES_OF = tree_attention.tiles_of
 
 
@@ -48,6 +48,8 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
         hidden, head = torch.randn(64, 256).bfloat16(), torch.randn(1003, 256).bfloat16()
         for k, count in ((8, 1), (8, 64), (64, 3)):
             yield {"hidden": hidden[:count], "lm_head": head, "k": k}
+        norm = torch.rand(256).bfloat16()  # with one the merge polls
+        yield {"hidden": hidden, "lm_head": head, "k": 8, "norm_weight": norm}
     elif name == "tree_attention":
         cache = torch.randn(2, 700, 2, 64).bfloat16()
         lengths = torch.tensor([600, 255], dtype=torch.int32)
@@ -85,11 +87,11 @@ def main(names: list[str]) -> None:
     for name in names:
         torch.manual_seed(0)
         for given in cases(name):
-            # As few programs as there can be take several splits, or chunks, each.
+            # As few programs as there can be take several splits or chunks each; and small chunks.
             for few in (False, True) if name in LOOPING else (False,):
                 rows.SPLIT = 64
                 rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 1056)
-                tree_attention.FEWEST_SLOTS = 1 if few else 8
+                tree_attention.FEWEST_SLOTS, exit_topk.CHUNK = (1, 4) if few else (8, 64)
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
                 getattr(ek, name)(**there)
