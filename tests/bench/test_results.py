@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from bench import results
 from bench.check_results import problems
-from bench.results import ROOT
+from bench.results import ROOT, write_results
 
 FILES = sorted(ROOT.rglob("*.json"))
 
@@ -41,3 +42,20 @@ def test_sees_what_is_wrong(tmp_path: Path, changes: dict[str, Any], said: str) 
     path.parent.mkdir()
     path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
     assert any(said in text for text in problems(path))
+
+
+def test_slices_of_a_long_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row gives way to its like of a later slice, and has the commit it was measured on."""
+
+    def measured(commit: str, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+        monkeypatch.setattr(results, "_run", lambda *command: commit)
+        path = write_results("some", list(rows), out=tmp_path, on="cpu", key=("B", "mode"))
+        return list(json.loads(path.read_text())["rows"])
+
+    first = measured("a", {"B": 1, "mode": "greedy", "us": 1}, {"B": 8, "mode": "greedy", "us": 2})
+    assert [row["commit"] for row in first] == ["a", "a"]
+    assert measured("b", {"B": 8, "mode": "greedy", "us": 3}, {"B": 8, "mode": "coupled"}) == [
+        {"B": 1, "mode": "greedy", "us": 1, "commit": "a"},
+        {"B": 8, "mode": "greedy", "us": 3, "commit": "b"},
+        {"B": 8, "mode": "coupled", "commit": "b"},
+    ]
