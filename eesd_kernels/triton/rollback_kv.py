@@ -26,8 +26,8 @@ class Tiling(NamedTuple):
     spread: int  # threads that share the tokens of a column
 
 
-FEW = Tiling(512, 8, 4, 8)  # time is latency: a thread works out one token's places for four planes
-FEW_BELOW = 512  # programs
+FEW = Tiling(512, 8, 1, 4)  # time is latency: two loads a thread at a time
+FEW_BELOW = 2048  # programs
 MANY = Tiling(2048, 8, 1, 2)
 PROGRAMS = 1056  # of MANY, which take longer runs of planes: all have read their path at once
 """A trade: at batch 64 on an H200 1.3 us over an empty kernel if nothing moves, 147 us for five
