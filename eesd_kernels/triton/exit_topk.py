@@ -141,6 +141,17 @@ def _merge_threes(a1, a2, a3, a4, sum_a, b1, b2, b3, b4, sum_b):
     return c1, c2, c3, tl.maximum(tl.maximum(a4, b4), c4), total
 
 
+@triton.jit
+def _fetch(w_ptrs, COLUMNS: tl.constexpr):
+    """The first columns of rows of the weight into the L2: a hint, which reads nothing."""
+    WIDTH: tl.constexpr = w_ptrs.dtype.element_ty.primitive_bitwidth // 8
+    lines = tl.arange(0, COLUMNS * WIDTH // 128) * (128 // WIDTH)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l",
+        [(w_ptrs + lines[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["R"])
 def _scan_kernel(
     x_ptr, w_ptr, lists_ptr, R, V, H, groups, stride_x, stride_w,
@@ -149,9 +160,6 @@ def _scan_kernel(
     X_LEFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of the weight and of the rows."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
     N: tl.constexpr = BLOCK_V // GROUP
     SPAN: tl.constexpr = GROUP if X_LEFT else WARP  # ids of a group in one warp
@@ -162,6 +170,11 @@ def _scan_kernel(
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = ids < V
     w_ptrs = w_ptr + ids.to(tl.int64)[:, None] * stride_w
+    if PDL:
+        if EVEN_V and EVEN_H:  # no row or column beyond
+            _fetch(w_ptrs, BLOCK_H)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = product(
         x_ptr + row[None, :] * stride_x, w_ptrs, in_rows, in_v, H, DOT, EVEN_V, EVEN_H, BLOCK_V,
         BLOCK_H, ROWS, X_LEFT,
