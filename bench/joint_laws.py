@@ -21,9 +21,9 @@ from eesd_kernels import Law
 LEAST, ANOTHER = 1e-3, 1.01
 VOCABS = (5, 17)
 DRAWS, QUICK = 1_000_000, 1500
-LAUNCHES = {"race in all rows": (1 << 60, 1056), "race in one": (0, 1)}
-"""FOLD_BELOW and PROGRAMS of `eesd_kernels.triton.rows`: with one program a row it takes all its
-splits in turn."""
+LAUNCHES = {"race in all rows": (1 << 60, 768, 528), "race in one": (0, 1, 1)}
+"""FOLD_BELOW, PROGRAMS and RACING of `eesd_kernels.triton.rows`: with one program a row it takes
+all its splits in turn."""
 SPLIT = 8
 TREES = {"2 and 2": (2, 2), "4": (4,)}
 DRAWN = {"sampled": 0.7, "coupled": 1.0, "block": 1.6}
@@ -58,12 +58,12 @@ def _launched(how: str | None) -> Iterator[None]:
         return
     from eesd_kernels.triton import rows
 
-    before = rows.FOLD_BELOW, rows.PROGRAMS, rows.SPLIT
-    rows.FOLD_BELOW, rows.PROGRAMS, rows.SPLIT = *LAUNCHES[how], SPLIT
+    before = rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT
+    rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT = *LAUNCHES[how], SPLIT
     try:
         yield
     finally:
-        rows.FOLD_BELOW, rows.PROGRAMS, rows.SPLIT = before
+        rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT = before
 
 
 def _verified(vocab: int, launches: str | None, draws: int, device: str) -> Iterator[Row]:

@@ -47,7 +47,8 @@ from eesd_kernels.triton.splits import (
 SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
 FOLD_BELOW = 1 << 21  # logits: at 1.5 M one launch less pays, at 2.3 M no more
-PROGRAMS = 1056  # of `statistics`: of more splits, each takes several and loads one ahead
+PROGRAMS = 768  # of `statistics`: of more splits, each takes several, unless it races in all rows
+RACING = 528  # of `race`, likewise
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -139,39 +140,48 @@ def _statistics_kernel(
 def _race_kernel(
     logits_ptr, stride_b, stride_r, temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr,
     partial_ptr, stop_ptr, excluded_ptr, candidate_ptr, token_ids_ptr, rows, width, vocab, splits,
-    count, BLOCK: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
+    count, LOOP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    stop, first = stop_ptr + b * STOP, split * BLOCK
+    """Every `num_programs(1)`-th split of the row, from the program's own on; one if not LOOP."""
+    b, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    stop, step = stop_ptr + b * STOP, tl.num_programs(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(stop + ROW)
     seed, base = tl.load(seed_ptr + b), tl.load(base_ptr + b)
     position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
     if row >= 0:
         row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-        x = raw_split(row_ptr, first, vocab, BLOCK).to(tl.float32)
         some = tl.arange(0, COUNT)
         listed = tl.load(excluded_ptr + b * count + some, mask=some < count, other=-1)
-        at = partial_ptr + (b * rows + row) * 4 * splits + TOP * splits
-        top = tl.load(at + split)
+        tops_ptr = partial_ptr + ((b * rows + row) * 4 + TOP) * splits
         position += tl.load(stop + DEPTH) + 1
-        if cutoff_ptr is not None:
-            x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
-        below = (x - finite_or_zero(top)) * c
-        below = without(below, first, listed, BLOCK)
-        key, who = race_split(below, first, position, base, seed, BLOCK)
         mine = candidate_ptr + b * 2 * splits
-        tl.store(mine + split, key.to(tl.int32, bitcast=True))
-        tl.store(mine + splits + split, who)
+        raw, top = raw_split(row_ptr, program * BLOCK, vocab, BLOCK), tl.load(tops_ptr + program)
+        for split in range(program, splits if LOOP else program + 1, step):
+            first, after = split * BLOCK, split + step
+            if LOOP:  # on their way meanwhile
+                later = raw_split(row_ptr, after * BLOCK, vocab, BLOCK)
+                later_top = tl.load(tops_ptr + after, mask=after < splits, other=0.0)
+            x = raw.to(tl.float32)
+            if cutoff_ptr is not None:
+                x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
+            below = (x - finite_or_zero(top)) * c
+            below = without(below, first, listed, BLOCK)
+            key, who = race_split(below, first, position, base, seed, BLOCK)
+            tl.store(mine + split, key.to(tl.int32, bitcast=True))
+            tl.store(mine + splits + split, who)
+            if LOOP:
+                raw, top = later, later_top
         tl.debug_barrier()  # the block's stores stand before its arrival
-        if tl.atomic_add(stop + ARRIVED, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(stop + ARRIVED, 1, sem="acq_rel") == step - 1:
             every = tl.arange(0, SPLITS)
             live = every < splits
             keys = tl.load(mine + every, mask=live, other=0x7F800000, cache_modifier=".cg")
             them = tl.load(mine + splits + every, mask=live, other=NO_ID, cache_modifier=".cg")
-            tops = tl.load(at + every, mask=live, other=float("-inf"))
+            tops = tl.load(tops_ptr + every, mask=live, other=float("-inf"))
             least, token = merge_races(
                 keys.to(tl.float32, bitcast=True), tops, them, tl.max(tops, 0), c, 0
             )
@@ -238,7 +248,7 @@ def statistics(
     (block, warps), splits = split_of(vocab), partial.shape[3]
     children = child_ids.shape[1] if child_ids is not None else 1
     q_rows, k = q_ids.shape[1:] if q_ids is not None else (0, 1)
-    programs = max(1, min(splits, PROGRAMS // (batch * rows)))
+    programs = splits if fold else max(1, min(splits, PROGRAMS // (batch * rows)))
     programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
     loop, arch = programs < splits, architecture(logits.device)
     spills = logits.dtype is torch.float32 or arch >= 100
@@ -248,9 +258,9 @@ def statistics(
         BONUS=bonus, FOLD=fold, LOOP=loop, BLOCK=block,
         CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
         num_warps=warps,
-        # 255: else ptxas spills a word to fit a program more. 80: a tree's would have 95, and a
-        # multiprocessor one program less.
-        maxnreg=255 if spills else 80 if loop and arch >= 90 else None, **overlap(logits),
+        # 255: else ptxas spills a word to fit a program more. 64: a tree's would have 95, and fewer
+        # programs would run at once.
+        maxnreg=255 if spills else 64 if loop and arch >= 90 else None, **overlap(logits),
     )  # fmt: skip
 
 
@@ -280,10 +290,12 @@ def race(
     (block, warps), splits = split_of(vocab), partial.shape[3]
     count = excluded.shape[1]
     candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
-    _race_kernel[(batch, splits)](
+    programs = max(1, min(splits, RACING // batch))
+    programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
+    _race_kernel[(batch, programs)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
         partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
-        count, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
+        count, LOOP=programs < splits, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
         COUNT=triton.next_power_of_2(count), num_warps=warps,
         # Else ptxas spills two words to fit a program more.
         maxnreg=128 if 0 < architecture(logits.device) < 90 else None, **overlap(logits),

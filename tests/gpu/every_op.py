@@ -90,7 +90,8 @@ def main(names: list[str]) -> None:
             # As few programs as there can be take several splits or chunks each; and small chunks.
             for few in (False, True) if name in LOOPING else (False,):
                 rows.SPLIT = 64
-                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 1056)
+                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 768)
+                rows.RACING = 1 if few else 528
                 tree_attention.FEWEST_SLOTS, exit_topk.CHUNK = (1, 4) if few else (8, 64)
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}

@@ -14,6 +14,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rows, "FOLD_BELOW", request.param)
     if not request.param:  # and each program takes several splits
         monkeypatch.setattr(rows, "PROGRAMS", 1)
+        monkeypatch.setattr(rows, "RACING", 1)
 
 
 @pytest.fixture
