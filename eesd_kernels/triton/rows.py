@@ -146,9 +146,8 @@ def _race_kernel(
     """Every `num_programs(1)`-th split of the row, from the program's own on; one if not LOOP."""
     b, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     stop, step = stop_ptr + b * STOP, tl.num_programs(1)
-    if PDL:
+    if PDL:  # and no release: programs that wait would take the place of those that race
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(stop + ROW)
     seed, base = tl.load(seed_ptr + b), tl.load(base_ptr + b)
     position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
