@@ -3,11 +3,13 @@
 bf16, lengths and rows the same in a batch; the context counts the block. K and V rotate past three
 times the L2. SDPA gets the heads of a group as rows, so that it reads K and V once and without
 copies, its mask is made beforehand, and for pages it reads a contiguous cache. flash_attn and
-FlashInfer are measured where they can be imported, and where they have the form.
+FlashInfer (the quicker of its kernels for one sequence, masks packed beforehand) are measured where
+they can be imported, and where they have the form.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ MODELS = {  # heads, KV heads, head size
     "7b": (32, 32, 128), "13b": (40, 40, 128), "3-8b": (32, 8, 128), "70b": (64, 8, 128),
 }  # fmt: skip
 PAGE = 16
+FLASHINFER = ("flashinfer fa2", "flashinfer fa3")  # both of its kernels for one sequence
 TOLERANCE = 8e-3  # of a head's result, error over size: bf16 weights, and a bf16 result
 
 
@@ -55,7 +58,7 @@ class Inputs(NamedTuple):
     out: Tensor
     k: Tensor  # contiguous
     v: Tensor
-    mask: Tensor  # [T, S]
+    packed_mask: Tensor  # of [T, S], eight bits a byte, the lowest first
     folded_mask: Tensor  # [group T, S]
 
 
@@ -101,7 +104,9 @@ def inputs(case: Case, mask: Tensor) -> Inputs:
         q, *caches, case.context - each, each, size**-0.5, ancestry, table, case.window
     )  # fmt: skip
     folded_mask = mask.repeat(heads // kv_heads, 1)
-    return Inputs(given, torch.empty_like(q), k, v, mask, folded_mask)
+    bits = mask.view(-1, 8) << torch.arange(8, device="cuda")
+    packed_mask = bits.sum(1).to(torch.uint8)
+    return Inputs(given, torch.empty_like(q), k, v, packed_mask, folded_mask)
 
 
 def ours(case: Inputs) -> None:
@@ -180,15 +185,19 @@ def peers() -> dict[str, Callable[[Case, Inputs], Tensor | None]]:
     try:
         from flashinfer import single_prefill_with_kv_cache
 
-        def single(case: Case, x: Inputs) -> Tensor | None:
+        def single(case: Case, x: Inputs, backend: str) -> Tensor | None:
             if case.batch > 1:
                 return None
-            how: dict[str, Any] = {"custom_mask": x.mask} if case.tree else {"causal": True}
+            how: dict[str, Any] = {"causal": True}
+            if case.tree:
+                how = {"packed_custom_mask": x.packed_mask}
             if case.window:
                 how["window_left"] = case.window - 1
-            return single_prefill_with_kv_cache(x.given[0][0], x.k[0], x.v[0], **how)[None]
+            q, k, v = x.given[0][0], x.k[0], x.v[0]
+            return single_prefill_with_kv_cache(q, k, v, backend=backend, **how)[None]
 
-        found["flashinfer"] = single
+        for name in FLASHINFER:
+            found[name] = partial(single, backend=name.split()[1])
     except Exception as error:
         print(f"flashinfer: n/a ({type(error).__name__})")
     return found
@@ -232,6 +241,10 @@ def main() -> None:
                 contenders[name] = [lambda s=s, p=peer, c=case: p(c, s) for s in sets]
         times = measure(contenders, "cuda", quick=args.quick)
         mine = times.pop("us")
+        flashinfer: dict[str, Any] = {}
+        for us, name in sorted((times.pop(n).us, n) for n in FLASHINFER if n in times)[:1]:
+            flashinfer = {"us_flashinfer": round(us, 3), "x_flashinfer": round(mine.us / us, 4),
+                          "flashinfer": name.split()[1]}  # fmt: skip
         heads, kv_heads, size = MODELS[case.model]
         results.append({
             "shape": case.model, "B": case.batch, "T": case.rows, "Hq": heads, "Hkv": kv_heads,
@@ -241,6 +254,7 @@ def main() -> None:
             "ceiling_share": round(moved / bandwidth / mine.us, 4),
             **{f"us_{name}": round(t.us, 3) for name, t in times.items()},
             **{f"x_{name}": round(mine.us / t.us, 4) for name, t in times.items()},
+            **flashinfer,
             "rows_equal": equal, "close": close,
         })  # fmt: skip
         del sets, contenders, want

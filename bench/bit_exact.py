@@ -24,7 +24,7 @@ MODES = {
     "coupled": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
 }
 SCHEDULES = {"default": ("thompson", 8), "constant": ("constant", 5)}
-KEY = ("shape", "agreement", "B", "mode", "schedule")
+KEY = ("shape", "agreement", "B", "mode", "schedule", "first")
 
 
 def main() -> None:
@@ -36,13 +36,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="of the demo model")
     parser.add_argument("--shape-prompts", type=int, default=20, help="of each synthetic model")
     parser.add_argument("--alone", type=int, default=20, help="of these, the first so many alone")
+    parser.add_argument("--first", type=int, default=0, help="prompt of a synthetic model")
     parser.add_argument("--agreements", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--exit-layer", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
-        "--plain-once", action="store_true", help="decode plainly in the first batch size alone"
+        "--plain-batch", type=int, help="decode plainly in this batch size alone, not in each"
     )
     args = parser.parse_args()
     prepare(args)
@@ -63,7 +64,9 @@ def main() -> None:
         model = synthetic(args, agreement, args.exit_layer)
         prompts = random_prompts(model, [64 + 7 * n for n in range(args.shape_prompts)], 1)
         name = {"shape": args.shape, "weights": "synthetic", "agreement": agreement}
-        _run(model, name, prompts, args.alone, args, budget, rows)
+        if args.first:
+            name["first"] = args.first
+        _run(model, name, prompts[args.first :], args.alone, args, budget, rows)
         del model
     sys.exit(not all(row["ids_equal"] for row in rows))
 
@@ -85,9 +88,10 @@ def _run(
         for mode in args.modes:
             if budget.spent():
                 return
-            base = plain.get(mode) if args.plain_once else None
+            base = plain.get(mode) if args.plain_batch else None
             if base is None:
-                base = _Texts(model, prompts, batch, args, num_assistant_tokens=0, **MODES[mode])
+                size = args.plain_batch or batch
+                base = _Texts(model, prompts, size, args, num_assistant_tokens=0, **MODES[mode])
             before = plain.setdefault(mode, base)
             same = [torch.equal(a, b) for a, b in zip(base.ids, before.ids, strict=False)]
             for rule, (schedule, drafts) in SCHEDULES.items():
