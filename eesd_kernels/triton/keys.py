@@ -12,6 +12,11 @@ UNIT = tl.constexpr(float(1 << 40))
 
 
 @triton.jit
+def zero_unless_finite(x):
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
 def ordered(x):
     """An int32 that grows with the float32; -0 as 0."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)

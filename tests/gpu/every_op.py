@@ -19,7 +19,7 @@ from op_samples import SAMPLES
 from pages import pages_of
 
 import eesd_kernels as ek
-from eesd_kernels.triton import exit_topk, rows, tree_attention
+from eesd_kernels.triton import exit_merge, rows, tree_attention
 
 NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache", "cache", "hidden",
           "lm_head", "target_logits"}  # fmt: skip
@@ -92,7 +92,7 @@ def main(names: list[str]) -> None:
                 rows.SPLIT = 64
                 rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 768)
                 rows.RACING = 1 if few else 528
-                tree_attention.FEWEST_SLOTS, exit_topk.CHUNK = (1, 4) if few else (8, 64)
+                tree_attention.FEWEST_SLOTS, exit_merge.CHUNK = (1, 4) if few else (8, 64)
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
                 getattr(ek, name)(**there)

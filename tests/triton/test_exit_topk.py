@@ -13,6 +13,7 @@ from torch import Tensor
 
 import eesd_kernels as ek
 from eesd_kernels import reference
+from eesd_kernels.triton import exit_merge, exit_scan
 from eesd_kernels.triton import exit_topk as module
 from eesd_kernels.triton.exit_topk import ROW_TILES, exit_topk
 
@@ -29,7 +30,7 @@ def run(
     head: Tensor,
     k: int,
     out: Results | None = None,
-    config: module.Config | None = None,
+    config: exit_scan.Config | None = None,
     norm: Tensor | None = None,
     poll: bool | None = None,
 ) -> Results:
@@ -98,13 +99,13 @@ def computed_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The groups that merge computes anew, in order; in the interpreter alone."""
     groups: list[int] = []
     if DEVICE == "cpu":
-        inner = module._anew
+        inner = exit_merge._anew
 
         def spy(x_ptr: object, w_ptr: object, group: Any, *rest: object) -> object:
             groups.append(int(group.handle.data.item()))
             return inner(x_ptr, w_ptr, group, *rest)
 
-        monkeypatch.setattr(module, "_anew", spy)
+        monkeypatch.setattr(exit_merge, "_anew", spy)
     return groups
 
 
@@ -117,7 +118,7 @@ def test_the_best_all_lie_in_one_place(k: int, group: int) -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     head[ids, 0] = (1.0 + order / 64).bfloat16()
     hidden = torch.ones(1, 8, dtype=torch.bfloat16)
-    config = module.Config(64, 16, 4, 2, group=group)
+    config = exit_scan.Config(64, 16, 4, 2, group=group)
     exact(run(hidden, head, k, config=config), hidden, head, k)
 
 
@@ -172,21 +173,21 @@ def test_a_group_anew_has_the_rows_bits(computed_anew: list[int]) -> None:
 
 def test_two_groups_in_a_tile() -> None:
     hidden, head = small_integers(3, 6), small_integers(101, 6, seed=1)
-    config = module.Config(64, 16, 4, 2, group=16)
+    config = exit_scan.Config(64, 16, 4, 2, group=16)
     exact(run(hidden, head, 5, config=config), hidden, head, 5)
 
 
 @pytest.mark.parametrize("x_left", [False, True], ids=["w left", "x left"])
 def test_either_operand_on_the_left(x_left: bool) -> None:
     hidden, head = small_integers(19, 40), small_integers(460, 40, seed=1)
-    config = module.Config(64, 16, 4, 2, x_left=x_left)
+    config = exit_scan.Config(64, 16, 4, 2, x_left=x_left)
     for k in (5, 20):
         exact(run(hidden, head, k, config=config), hidden, head, k)
 
 
 def test_more_groups_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MOST_SORTED", "CHUNK"):
-        monkeypatch.setattr(module, name, 4)
+        monkeypatch.setattr(exit_merge, name, 4)
     hidden, head = small_integers(2, 4), small_integers(700, 4, seed=1)
     for k in (3, 17):
         exact(run(hidden, head, k), hidden, head, k)
@@ -195,7 +196,7 @@ def test_more_groups_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(params=[1, 4])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Groups that merge reads at once: of 32 ids each in float32."""
-    monkeypatch.setattr(module, "CHUNK", request.param)
+    monkeypatch.setattr(exit_merge, "CHUNK", request.param)
     return int(request.param)
 
 
@@ -263,9 +264,11 @@ def test_records_start_as_poison_and_hold_none(
     """Each word of them, and whatever the logits are: else merge would read rubbish, or wait on."""
     before: list[Tensor] = []
     after: list[Tensor] = []
-    for kernel, seen in (("_scan_kernel", before), ("_merge_kernel", after)):
-        keep = Between(getattr(module, kernel), lambda x, seen=seen: seen.append(x.clone()))
-        monkeypatch.setattr(module, kernel, keep)
+    for part, kernel, seen in (
+        (exit_scan, "_scan_kernel", before), (exit_merge, "_merge_kernel", after)
+    ):  # fmt: skip
+        keep = Between(getattr(part, kernel), lambda x, seen=seen: seen.append(x.clone()))
+        monkeypatch.setattr(part, kernel, keep)
     hidden = normal(7, size, dtype=torch.float32)
     hidden[1, 0], hidden[2, 0], hidden[3] = torch.nan, torch.inf, 0.0
     head = normal(vocab, size, dtype=torch.float32)
@@ -288,10 +291,10 @@ def test_polls_until_every_word_is_there(
     """In the interpreter alone, scan is over when merge starts: words are held back here."""
     torch.manual_seed(0)
     hidden, head = normal(2, 40, dtype=torch.float32), normal(700, 40, dtype=torch.float32)
-    norm, calls, inner = torch.ones(40, device=DEVICE), 0, module._words
+    norm, calls, inner = torch.ones(40, device=DEVICE), 0, exit_merge._words
     want = run(hidden, head, 3, norm=norm, poll=False)
     anew = list(computed_anew)
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(exit_merge, "CHUNK", 4)
 
     def late(lists_ptr: object, left: Any, *rest: object) -> Any:
         nonlocal calls
@@ -302,7 +305,7 @@ def test_polls_until_every_word_is_there(
         return words
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(module, "_words", late)
+        monkeypatch.setattr(exit_merge, "_words", late)
     got = run(hidden, head, 3, norm=norm, poll=True)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
