@@ -94,7 +94,7 @@ def _merge_threes(a1, a2, a3, a4, sum_a, b1, b2, b3, b4, sum_b):
 def _fetch(w_ptrs, COLUMNS: tl.constexpr):
     """The first columns of rows of the weight into the L2: a hint, which reads nothing."""
     WIDTH: tl.constexpr = w_ptrs.dtype.element_ty.primitive_bitwidth // 8
-    lines = tl.arange(0, COLUMNS * WIDTH // 128) * (128 // WIDTH)
+    lines = tl.arange(0, (COLUMNS * WIDTH + 127) // 128) * (128 // WIDTH)
     tl.inline_asm_elementwise(
         "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l",
         [(w_ptrs + lines[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,

@@ -37,7 +37,7 @@ def _linear() -> dict[str, Callable[[], object]]:
     shapes = [(5_120, 5_120), (1_000, 131)]
     forms = [
         (b, b, "norm residual"), (b, b, "norm swiglu"), (b, b, ""),
-        (h, h, "swiglu"), (f, f, "norm residual"), (f, b, "swiglu"),
+        (h, h, "swiglu"), (h, h, ""), (f, f, "norm residual"), (f, b, "swiglu"),
     ]  # fmt: skip
     cases = {
         f"{rows}x{outs}x{columns} {x} {weight} {form}": partial(
@@ -149,9 +149,13 @@ def _exit_topk() -> dict[str, Callable[[], object]]:
         (1, 151_936, 5120, 8, b, b, True), (64, 128_256, 8192, 64, b, b, False),
         (1, 300_000, 512, 8, b, b, True), (3, 32_003, 1000, 1, h, h, True),
         (64, 32_003, 1001, 20, b, b, True), (64, 32_003, 1000, 8, f, f, True),
-        (1, 1000, 20_000, 8, f, b, True),
+        (1, 1000, 20_000, 8, f, b, True), (1, 32_000, 4096, 8, f, b, True),
+        (20, 32_000, 4096, 8, f, h, True), (1, 32_000, 4096, 8, f, f, True),
     ]  # fmt: skip
-    return {
+    apart = meta(32_000, 4100)[:, :4096]  # rows that are not 16 bytes apart
+    unaligned = {f"{rows}x32000x4096 rows apart": partial(
+        exit_topk, meta(rows, 4096), apart, 8, meta(4096), 1e-5) for rows in (1, 20)}  # fmt: skip
+    return unaligned | {
         f"{rows}x{vocab}x{size} k {k} {x} {head} {'norm' if norm else ''}": partial(
             exit_topk, meta(rows, size, dtype=x), meta(vocab, size, dtype=head), k,
             meta(size, dtype=x) if norm else None, 1e-5,
