@@ -8,8 +8,8 @@ the L2.
 
 Fused: the residual (added to the float32 sum) and SwiGLU (eight rows of the gate's weight, eight of
 the up's, so that both of an output meet in one thread). An RMSNorm is a launch before: taken into
-the loop it was as quick at best and up to twice as slow (H200, 27,648 x 5,120 and four others).
-So were tiles dealt in equal runs to a fixed number of programs.
+the loop it was no quicker on an H200, nor were tiles dealt in equal runs to a fixed number of
+programs.
 """
 
 from functools import lru_cache
@@ -37,9 +37,8 @@ class Config(NamedTuple):
 
 
 HALVES = Config(64, 128, 4, 6)
-"""The best of 33 tilings for all shapes together; `BY_SHAPE` has those that have a better one. In
-that sweep, over the eight shapes of 13B and 70B on an H200, 0.951, 0.951 and 1.024 of cuBLAS's time
-at 1, 16 and 64 rows; with this alone 0.966, 0.966 and 1.089."""
+"""The best on an H200 for the shapes of 13B and 70B together; `BY_SHAPE` has those that have a
+better one."""
 BY_SHAPE = {
     (15_360, 5_120): Config(128, 64, 4, 6),
     (27_648, 5_120): Config(128, 64, 4, 4),
