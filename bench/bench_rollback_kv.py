@@ -4,7 +4,8 @@ large batches beside a copy.
 bf16. Paths of trees of 32 nodes, of which the same number of tokens moves in each sequence (0: a
 line of six). Sets differ in lengths, and so in the slots that they touch: these rotate past three
 times the L2 where 64 sets reach that. Composed PyTorch gathers and scatters the same tokens over
-indices that the host has made beforehand.
+indices that the host has made beforehand. `us_apart`: a call behind an empty kernel that runs to
+its end, less that kernel's time.
 """
 
 import random
@@ -82,6 +83,17 @@ def equals_the_reference(cache: Tensor, case: Inputs) -> bool:
     return same and torch.equal(got.view(torch.int16), want.view(torch.int16))
 
 
+def overlapping(batch: int, table: Tensor | None) -> Inputs:
+    """Up to 24 moved tokens a sequence, most of them from slots that others move to, over pages."""
+    rng, paths = random.Random(0), []
+    for b in range(batch):
+        path = [0, *sorted(rng.sample(range(2, NODES), 24 - b % 8))]
+        paths.append(path + [-1] * (NODES - len(path)))
+    length = torch.arange(batch, device="cuda").int() * 5 % 40 + 13
+    path_ids, none = torch.tensor(paths, device="cuda").int(), torch.empty(0, device="cuda")
+    return Inputs(path_ids, length, table, none, none, torch.empty_like(length))
+
+
 def bytes_moved(model: str, batch: int, moved: int, paged: bool) -> int:
     """K and V of the moved tokens, read and written; paths, lengths in and out, pages' numbers."""
     layers, heads, size = MODELS[model]
@@ -109,7 +121,8 @@ def main() -> None:
             bytes_each = bytes_moved(model, batch, moved, paged)
             cache, table = new_cache(model, batch, paged)
             sets = [inputs(batch, moved, table, n) for n in range(input_sets(bytes_each, "cuda"))]
-            equal = all(equals_the_reference(cache, case) for case in sets[:2])
+            checked = [*sets[:2], overlapping(batch, table)]
+            equal = all(equals_the_reference(cache, case) for case in checked)
             contenders: dict[str, list[Call]] = {
                 "us": [
                     lambda s=s, cache=cache: rollback_kv(
@@ -119,6 +132,10 @@ def main() -> None:
                 ],
                 "empty": empty_launches(),
             }
+            empty_call = contenders["empty"][0]
+            contenders["apart"] = [
+                lambda c=c, e=empty_call: (e(), c()) for c in contenders["us"]
+            ]  # fmt: skip
             if moved:
                 contenders["composed"] = [lambda s=s, cache=cache: composed(cache, s) for s in sets]
             times = measure(contenders, "cuda", quick=args.quick)
@@ -128,7 +145,8 @@ def main() -> None:
                 "shape": model, "layers": layers, "Hkv": heads, "D": size, "B": batch, "T": NODES,
                 "S": SLOTS[batch], "dtype": "bfloat16", "cache": "paged" if paged else "contiguous",
                 "moved": moved, **ours.row(), "us_empty": round(empty, 3),
-                "us_over_empty": round(ours.us - empty, 3), "bytes": bytes_each,
+                "us_over_empty": round(ours.us - empty, 3),
+                "us_apart": round(times["apart"].us - empty, 3), "bytes": bytes_each,
                 **({
                     "ceiling": "copy", "ceiling_share": round(bytes_each / bandwidth / ours.us, 4),
                     "us_composed": round(times["composed"].us, 3),

@@ -17,7 +17,9 @@ from eesd_kernels import reference, rope_cache_write
 
 PAGE = 16
 SLOTS = 2048
-MODELS = {"13b": (40, 40, 128), "70b": (64, 8, 128)}  # heads, KV heads, head size
+MODELS = {  # heads, KV heads, head size
+    "7b": (32, 32, 128), "13b": (40, 40, 128), "70b": (64, 8, 128), "3-8b": (32, 8, 128),
+}  # fmt: skip
 CASES = [
     (model, batch, rows, tree)
     for model in MODELS
@@ -87,10 +89,19 @@ def equals_the_reference(case: Inputs, angles: tuple[Tensor, Tensor], cache: Cac
 
 
 def rows_are_equal(case: Inputs, angles: tuple[Tensor, Tensor], cache: Cache) -> bool:
-    """Whether the last row of each sequence, alone, has the bits that it has among the others."""
+    """Whether sequences in the opposite order have the same bits, and so has the last row of every
+    seventh sequence alone."""
     i, one = case.qkv.shape[1] - 1, torch.ones_like(case.num_rows)
     mine, theirs = cache.clone(), cache.clone()
     together = call(case, angles, mine, rope_cache_write)
+    back = Inputs(*(None if x is None else x.flip(0).contiguous() for x in case))
+    turned = Cache(*(x if mine.table is not None else x.flip(0) for x in theirs.clone()[:2]),
+                   None if mine.table is None else mine.table.flip(0).contiguous())  # fmt: skip
+    if not torch.equal(call(back, angles, turned, rope_cache_write).flip(0), together):
+        return False
+    again = turned if mine.table is not None else Cache(turned.k.flip(0), turned.v.flip(0), None)
+    if not (torch.equal(again.k, mine.k) and torch.equal(again.v, mine.v)):
+        return False
     depth = None if case.depth is None else case.depth[:, i:].contiguous() - i
     for b in range(0, len(one), 7):
         row = slice(b, b + 1)

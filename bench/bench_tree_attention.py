@@ -1,10 +1,10 @@
 """Attention of a block over the KV cache beside PyTorch's SDPA with a boolean mask: lines, trees.
 
-bf16, lengths and rows the same in a batch; the context counts the block. K and V rotate past three
-times the L2. SDPA gets the heads of a group as rows, so that it reads K and V once and without
-copies, its mask is made beforehand, and for pages it reads a contiguous cache. flash_attn and
-FlashInfer (the quicker of its kernels for one sequence, masks packed beforehand) are measured where
-they can be imported, and where they have the form.
+bf16, and some fp16; lengths and rows the same in a batch; the context counts the block. K and V
+rotate past three times the L2. SDPA gets the heads of a group as rows, so that it reads K and V
+once and without copies, its mask is made beforehand, and for pages it reads a contiguous cache.
+flash_attn and FlashInfer (the quicker of its kernels for one sequence, masks packed beforehand) are
+measured where they can be imported, and where they have the form.
 """
 
 import math
@@ -23,8 +23,9 @@ from eesd_kernels.tree_attention import tree_attention_op
 
 MODELS = {  # heads, KV heads, head size
     "7b": (32, 32, 128), "13b": (40, 40, 128), "3-8b": (32, 8, 128), "70b": (64, 8, 128),
+    "64 wide": (32, 8, 64), "80 wide": (32, 32, 80), "96 wide": (32, 32, 96),
+    "256 wide": (16, 8, 256),
 }  # fmt: skip
-PAGE = 16
 FLASHINFER = ("flashinfer fa2", "flashinfer fa3")  # both of its kernels for one sequence
 TOLERANCE = 8e-3  # of a head's result, error over size: bf16 weights, and a bf16 result
 
@@ -35,8 +36,9 @@ class Case(NamedTuple):
     rows: int
     context: int
     tree: bool = False
-    paged: bool = False
+    page: int = 0  # slots; 0: contiguous
     window: int | None = None
+    dtype: torch.dtype = torch.bfloat16
 
 
 CASES = [
@@ -44,10 +46,15 @@ CASES = [
     *(Case("13b", 1, rows, 1024) for rows in (1, 6, 16)),
     *(Case(model, 1, rows, 8192) for model in ("3-8b", "70b") for rows in (1, 6, 16)),
     *(Case(model, 1, nodes, 4096, tree=True) for model in ("13b", "3-8b") for nodes in (32, 64)),
-    Case("7b", 1, 6, 8192, paged=True), Case("3-8b", 1, 32, 8192, tree=True, paged=True),
+    Case("7b", 1, 6, 8192, page=16), Case("3-8b", 1, 32, 8192, tree=True, page=16),
+    Case("7b", 1, 6, 8192, page=256), Case("3-8b", 8, 32, 4096, tree=True, page=256),
     Case("3-8b", 1, 1, 32768, window=4096), Case("3-8b", 1, 6, 32768, window=4096),
     *(Case(model, 8, rows, 4096) for model in ("13b", "3-8b") for rows in (1, 6)),
-    Case("3-8b", 8, 6, 4096, paged=True),
+    Case("3-8b", 8, 6, 4096, page=16),
+    *(Case(f"{size} wide", 1, rows, 4096, rows == 32) for size in (64, 80, 96, 256)
+      for rows in (1, 6, 32)),
+    *(Case("7b", 1, rows, 4096, rows == 32, dtype=torch.float16) for rows in (1, 6, 32)),
+    Case("3-8b", 8, 6, 4096, page=16, dtype=torch.float16),
 ]  # fmt: skip
 
 
@@ -85,14 +92,14 @@ def inputs(case: Case, mask: Tensor) -> Inputs:
     heads, kv_heads, size = MODELS[case.model]
 
     def normal(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda").normal_()
+        return torch.empty(*shape, dtype=case.dtype, device="cuda").normal_()
 
     q = normal(case.batch, case.rows, heads, size)
     k, v = (normal(case.batch, case.context, kv_heads, size) for _ in range(2))
     table, caches = None, (k, v)
-    if case.paged:
-        order = torch.randperm(case.batch * case.context // PAGE, device="cuda")
-        caches = tuple(x.view(-1, PAGE, kv_heads, size)[order] for x in (k, v))
+    if case.page:
+        order = torch.randperm(case.batch * case.context // case.page, device="cuda")
+        caches = tuple(x.view(-1, case.page, kv_heads, size)[order] for x in (k, v))
         table = order.argsort().int().view(case.batch, -1)
     ancestry = None
     if case.tree:
@@ -136,12 +143,21 @@ def in_double(case: Inputs) -> Tensor:
 
 
 def rows_are_equal(case: Inputs, together: Tensor) -> bool:
-    """Whether rows of the last sequence have the same bits alone, nodes behind their ancestors."""
+    """Whether rows of the last sequence have the same bits alone, nodes behind their ancestors, and
+    sequences in the opposite order."""
     q, k, v, lengths, num_rows, scale, ancestry, table, window = case.given
     b, one = len(q) - 1, num_rows[:1] * 0 + 1
+    back = [None if x is None else x.flip(0).contiguous() for x in (q, lengths, num_rows, ancestry)]
+    caches = (k, v) if table is not None else (k.flip(0), v.flip(0))
+    turned = tree_attention_op(
+        back[0], *caches, *back[1:3], scale, back[3],
+        None if table is None else table.flip(0).contiguous(), window,
+    )  # fmt: skip
+    if not torch.equal(turned.flip(0), together):
+        return False
     if table is None:
         k, v = k[b:], v[b:]
-    for i in sorted({0, 1, 3, q.shape[1] // 2, q.shape[1] - 1} & set(range(q.shape[1]))):
+    for i in range(q.shape[1]):
         before, keys, values, pages = i, k, v, table
         if ancestry is not None:  # in place, in a contiguous cache
             nodes = int(lengths[b]) + torch.tensor(path(i), device="cuda")
@@ -163,7 +179,7 @@ def bytes_moved(case: Case) -> int:
     heads, kv_heads, size = MODELS[case.model]
     seen = min(case.context, (case.window or case.context) + case.rows - 1)
     numbers = 2 * seen * kv_heads * size + 2 * case.rows * heads * size
-    pages = 4 * -(-seen // PAGE) if case.paged else 0
+    pages = 4 * -(-seen // case.page) if case.page else 0
     return case.batch * (2 * numbers + 8 * case.rows * case.tree + pages + 4 * 2)
 
 
@@ -186,8 +202,8 @@ def peers() -> dict[str, Callable[[Case, Inputs], Tensor | None]]:
         from flashinfer import single_prefill_with_kv_cache
 
         def single(case: Case, x: Inputs, backend: str) -> Tensor | None:
-            if case.batch > 1:
-                return None
+            if case.batch > 1 or MODELS[case.model][2] != 128 or case.dtype is torch.float16:
+                return None  # each head size and dtype is a minute of compiling
             how: dict[str, Any] = {"causal": True}
             if case.tree:
                 how = {"packed_custom_mask": x.packed_mask}
@@ -248,9 +264,11 @@ def main() -> None:
         heads, kv_heads, size = MODELS[case.model]
         results.append({
             "shape": case.model, "B": case.batch, "T": case.rows, "Hq": heads, "Hkv": kv_heads,
-            "D": size, "context": case.context, "window": case.window, "dtype": "bfloat16",
+            "D": size, "context": case.context, "window": case.window,
+            "dtype": str(case.dtype).removeprefix("torch."),
             "draft": "tree" if case.tree else "linear",
-            "cache": "paged" if case.paged else "contiguous", **mine.row(), "bytes": moved,
+            "cache": "paged" if case.page else "contiguous", "page": case.page or None,
+            **mine.row(), "bytes": moved,
             "ceiling_share": round(moved / bandwidth / mine.us, 4),
             **{f"us_{name}": round(t.us, 3) for name, t in times.items()},
             **{f"x_{name}": round(mine.us / t.us, 4) for name, t in times.items()},
