@@ -31,18 +31,53 @@ LAUNCHED = {
 """What the gate's cases of an op launch between them: `_<name>_kernel`."""
 
 
-def launched_kernels() -> dict[str, ast.FunctionDef]:
-    """All functions `_*_kernel` of `eesd_kernels/triton` by name."""
+OLDER = {"from_l2", "some_from_l2"}  # loads of what was there before a kernel's own launches
+BEFORE_THE_WAIT = {
+    # by the rules of launch.py
+    "_combine_kernel": {"load"},  # lengths and ancestry, which the kernel before it waited for
+    "_merge_kernel": {"load", "store"},  # of records, each of which tells whether it is written
+}
+
+
+def functions() -> dict[str, ast.FunctionDef]:
+    """All functions of `eesd_kernels/triton` at the top of a file, by name."""
     return {
         node.name: node
         for path in KERNELS.glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if isinstance(node, ast.FunctionDef)
     }
 
 
+def launched_kernels() -> dict[str, ast.FunctionDef]:
+    """Of these, `_*_kernel`."""
+    return {name: node for name, node in functions().items() if name.endswith("_kernel")}
+
+
+def calls_in_order(node: ast.AST) -> list[str]:
+    """Names of what is called, as it stands in the source."""
+    calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+    calls.sort(key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))
+    return [
+        call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id
+        for call in calls
+        if isinstance(call.func, (ast.Attribute, ast.Name))
+    ]
+
+
+def touches(name: str, known: dict[str, ast.FunctionDef]) -> set[str]:
+    """Whether a call loads or stores, itself or by what it calls."""
+    if name in OLDER:
+        return set()
+    if name in known:
+        return set().union(*(touches(inner, known) for inner in calls_in_order(known[name])))
+    return {"load"} if name == "load" else {"store"} & {name.replace("atomic_add", "store")}
+
+
 def test_kernels_that_overlap_the_one_before_wait_for_it() -> None:
-    """Without the wait they would read what is not yet written, and most often pass."""
+    """Before the wait nothing is read that an earlier launch may still write, and nothing written:
+    it would most often pass."""
+    known = functions()
     overlapping = {
         name: kernel
         for name, kernel in launched_kernels().items()
@@ -50,10 +85,12 @@ def test_kernels_that_overlap_the_one_before_wait_for_it() -> None:
     }
     assert overlapping
     for name, kernel in overlapping.items():
-        calls = [node.func for node in ast.walk(kernel) if isinstance(node, ast.Call)]
-        names = [call.attr if isinstance(call, ast.Attribute) else call.id for call in calls
-                 if isinstance(call, (ast.Attribute, ast.Name))]  # fmt: skip
-        assert "gdc_wait" in names, name
+        calls = calls_in_order(kernel)
+        assert "gdc_wait" in calls, name
+        # The last: a branch may have one of its own.
+        last = len(calls) - calls[::-1].index("gdc_wait")
+        early = set().union(*(touches(call, known) for call in calls[:last]))
+        assert early <= BEFORE_THE_WAIT.get(name, set()), name
 
 
 def test_every_kernel_is_in_a_case() -> None:
