@@ -98,16 +98,19 @@ def _mass_kernel(
     b, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     at = levels_ptr + (b * drafts + row) * 3
     scale = tl.load(at)
-    if (row < tl.load(length_ptr + b)) & (scale > 0):
-        c = exponent(tl.load(temperature_ptr + b))
-        cutoff = float("-inf")
-        if cutoff_ptr is not None:
-            cutoff = tl.load(cutoff_ptr + b * (drafts + 1) + row)
-        row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-        ids, x = load_split(row_ptr, cutoff, split * BLOCK, vocab, BLOCK)
-        w = tl.load(q_ptr + (b * drafts + row) * vocab + ids, mask=ids < vocab, other=0.0)
-        _, left = _left(x, tl.load(at + 1), c, scale, tl.load(at + 2), w)
-        tl.store(mass_ptr + (b * drafts + row) * splits + split, tl.sum(left, 0))
+    if row < tl.load(length_ptr + b):
+        left = 0.0  # of an a that is 0 in float32, and not always in the walk
+        if scale > 0:
+            c = exponent(tl.load(temperature_ptr + b))
+            cutoff = float("-inf")
+            if cutoff_ptr is not None:
+                cutoff = tl.load(cutoff_ptr + b * (drafts + 1) + row)
+            row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
+            ids, x = load_split(row_ptr, cutoff, split * BLOCK, vocab, BLOCK)
+            w = tl.load(q_ptr + (b * drafts + row) * vocab + ids, mask=ids < vocab, other=0.0)
+            _, rest = _left(x, tl.load(at + 1), c, scale, tl.load(at + 2), w)
+            left = tl.sum(rest, 0)
+        tl.store(mass_ptr + (b * drafts + row) * splits + split, left)
 
 
 @triton.jit
@@ -185,13 +188,14 @@ def masses(
     partial: Tensor,
     sums: Tensor,
 ) -> Tensor:
-    """The masses of `max(a p - q, 0)` times the rows' normalisers, in parts, where a is above 0.
+    """The masses of `max(a p - q, 0)` times the rows' normalisers, in parts.
 
     Args:
         partial: of `rows.statistics`. sums: of `weights`.
 
     Returns:
-        float32 `[B, K, S]`; rows that no block rule reads are not written.
+        float32 `[B, K, S]`, 0 in rows that no block rule reads; rows from the length on are not
+        written.
     """
     batch, drafts, vocab = q.shape
     splits = sums.shape[2]

@@ -206,6 +206,25 @@ def test_edges_of_dense_laws(split: Callable[[int], None]) -> None:
         assert [t[b].tolist() for t in got] == want, f"case {b}"
 
 
+def test_the_block_rule_reads_nothing_that_nobody_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product a_i that is 0 in float32 and not in float64, over memory that holds ones."""
+    batch, drafts, vocab = 16, 4, 8
+    logits = torch.zeros(batch, drafts + 1, vocab)
+    logits[..., 0] = 6.0  # sure at this temperature
+    each = torch.full((batch,), 10, dtype=torch.int32)
+    given = {
+        **edge(torch.zeros(2, vocab), [1], Law.BLOCK), "target_logits": logits, "q_ids": None,
+        "q_probs": torch.full((batch, drafts, vocab), 1 / vocab),
+        "draft_ids": i32([[1, 2, 3, 4]] * batch), "draft_length": torch.full_like(each, drafts),
+        "law": torch.full_like(each, int(Law.BLOCK)), "temperature": torch.full((batch,), 0.1),
+        "seed": torch.arange(batch), "position": each, "base": each,
+    }  # fmt: skip
+    inner = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: inner(*a, **k).fill_(1.0))
+    accepted, *_ = run(given)
+    assert not accepted.any()
+
+
 def near_calls(law: Law, candidates: int, change: float, wanted: int) -> Arguments:
     """Seeds whose outcome another temperature, by so little, would change: on a border of the law.
 
