@@ -208,6 +208,11 @@ def folds(logits: Tensor) -> bool:
     return logits.numel() < FOLD_BELOW
 
 
+def rows_apart(logits: Tensor) -> bool:
+    """Whether rows begin anywhere, so that each logit is loaded by itself, from more addresses."""
+    return (logits.stride(0) | logits.stride(1)) % 16 != 0
+
+
 def new_partial(logits: Tensor) -> Tensor:
     """Room for what `statistics` writes."""
     batch, rows, vocab = logits.shape
@@ -250,7 +255,7 @@ def statistics(
     programs = splits if fold else max(1, min(splits, PROGRAMS // (batch * rows)))
     programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
     loop, arch = programs < splits, architecture(logits.device)
-    spills = logits.dtype is torch.float32 or arch >= 100
+    spills = logits.dtype is torch.float32 or arch >= 100 or (loop and rows_apart(logits))
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
         base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
@@ -289,7 +294,7 @@ def race(
     (block, warps), splits = split_of(vocab), partial.shape[3]
     count = excluded.shape[1]
     candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
-    programs = max(1, min(splits, RACING // batch))
+    arch, programs = architecture(logits.device), max(1, min(splits, RACING // batch))
     programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
     _race_kernel[(batch, programs)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
@@ -297,5 +302,6 @@ def race(
         count, LOOP=programs < splits, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
         COUNT=triton.next_power_of_2(count), num_warps=warps,
         # Else ptxas spills two words to fit a program more.
-        maxnreg=128 if 0 < architecture(logits.device) < 90 else None, **overlap(logits),
+        maxnreg=None if not 0 < arch < 90 else 255 if rows_apart(logits) else 128,
+        **overlap(logits),
     )  # fmt: skip
