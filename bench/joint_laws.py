@@ -21,9 +21,11 @@ from eesd_kernels import Law
 LEAST, ANOTHER = 1e-3, 1.01
 VOCABS = (5, 17)
 DRAWS, QUICK = 1_000_000, 1500
-LAUNCHES = {"race in all rows": (1 << 60, 768, 528), "race in one": (0, 1, 1)}
-"""FOLD_BELOW, PROGRAMS and RACING of `eesd_kernels.triton.rows`: with one program a row it takes
-all its splits in turn."""
+LAUNCHES: dict[str, dict[str, int]] = {
+    "race in all rows": {"FOLD_BELOW": 1 << 60},
+    "race in one": {"FOLD_BELOW": 0, "PROGRAMS": 1, "RACING": 1},
+}
+"""Constants of `eesd_kernels.triton.rows`: one program a row takes all its splits in turn."""
 SPLIT = 8
 TREES = {"2 and 2": (2, 2), "4": (4,)}
 DRAWN = {"sampled": 0.7, "coupled": 1.0, "block": 1.6}
@@ -58,12 +60,15 @@ def _launched(how: str | None) -> Iterator[None]:
         return
     from eesd_kernels.triton import rows
 
-    before = rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT
-    rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT = *LAUNCHES[how], SPLIT
+    constants = {**LAUNCHES[how], "SPLIT": SPLIT}
+    before = {name: getattr(rows, name) for name in constants}
     try:
+        for name, value in constants.items():
+            setattr(rows, name, value)
         yield
     finally:
-        rows.FOLD_BELOW, rows.PROGRAMS, rows.RACING, rows.SPLIT = before
+        for name, value in before.items():
+            setattr(rows, name, value)
 
 
 def _verified(vocab: int, launches: str | None, draws: int, device: str) -> Iterator[Row]:

@@ -25,6 +25,7 @@ NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache"
           "lm_head", "target_logits"}  # fmt: skip
 LOOPING = ("verify_linear", "verify_tree", "tree_attention", "exit_topk", "exit_draft")
 TILES_OF = tree_attention.tiles_of
+PROGRAMS = rows.PROGRAMS, rows.RACING
 
 
 def few_programs(*shape: Any) -> tree_attention.Tiles:
@@ -90,8 +91,8 @@ def main(names: list[str]) -> None:
             # As few programs as there can be take several splits or chunks each; and small chunks.
             for few in (False, True) if name in LOOPING else (False,):
                 rows.SPLIT = 64
-                rows.FOLD_BELOW, rows.PROGRAMS = (0, 1) if few else (1 << 20, 768)
-                rows.RACING = 1 if few else 528
+                rows.FOLD_BELOW = 0 if few else 1 << 20
+                rows.PROGRAMS, rows.RACING = (1, 1) if few else PROGRAMS
                 tree_attention.FEWEST_SLOTS, exit_merge.CHUNK = (1, 4) if few else (8, 64)
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}

@@ -71,7 +71,9 @@ def touches(name: str, known: dict[str, ast.FunctionDef]) -> set[str]:
         return set()
     if name in known:
         return set().union(*(touches(inner, known) for inner in calls_in_order(known[name])))
-    return {"load"} if name == "load" else {"store"} & {name.replace("atomic_add", "store")}
+    if name == "store" or name.startswith("atomic_"):
+        return {"store"}
+    return {"load"} & {name}
 
 
 def test_kernels_that_overlap_the_one_before_wait_for_it() -> None:
