@@ -24,8 +24,10 @@ DRAWS, QUICK = 1_000_000, 1500
 LAUNCHES: dict[str, dict[str, int]] = {
     "race in all rows": {"FOLD_BELOW": 1 << 60},
     "race in one": {"FOLD_BELOW": 0, "PROGRAMS": 1, "RACING": 1},
+    "race in one, by several": {"FOLD_BELOW": 0, "PROGRAMS": 1, "RACING": 1 << 60},
 }
-"""Constants of `eesd_kernels.triton.rows`: one program a row takes all its splits in turn."""
+"""Constants of `eesd_kernels.triton.rows`: one program a row takes all its splits in turn, or one
+that races takes one."""
 SPLIT = 8
 TREES = {"2 and 2": (2, 2), "4": (4,)}
 DRAWN = {"sampled": 0.7, "coupled": 1.0, "block": 1.6}

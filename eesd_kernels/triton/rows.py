@@ -1,10 +1,12 @@
 """Rows of logits `[B, R, V]`, split over the vocabulary: what both verifiers do with them.
 
-Three launches: `statistics` over every live row, the verifier's own walk, and `race` over the row
-where the walk stopped. A *split* is `BLOCK` consecutive ids of one row, in the registers of one
-program and read once; they begin at multiples of BLOCK and are merged in ascending order, so a row
-has the same bits in any batch. Where rows are few, `statistics` races in every row at once and the
-walk finishes alone (`FOLD`): the keys are the same bits, so the ids are too.
+`statistics` over every live row, the verifier's own walk, and a race over the row where the walk
+stopped: by programs that have all walked, or by `race` behind a walk that takes longer.
+
+A *split* is `BLOCK` consecutive ids of one row, in the registers of one program and read once; they
+begin at multiples of BLOCK and are merged in ascending order, so a row has the same bits in any
+batch. Where rows are few, `statistics` races in every row at once and the walk finishes alone
+(`FOLD`): the keys are the same bits, so the ids are too.
 
 Planes of `partial`, float32 `[B, R, 4, S]`, S splits a row (`TOP`, `SUM`, `KEY`, `ID`):
 - top: the largest kept logit, -inf where the split has none.
@@ -13,7 +15,7 @@ Planes of `partial`, float32 `[B, R, 4, S]`, S splits a row (`TOP`, `SUM`, `KEY`
   splits after `* exp((top of the row - top) / T)` is `argmin E_x / p(x)`.
 - id (int32 bits): of that key. In rows of temperature 0: the lowest id of the split's top.
 
-A *stop*, int32 `[B, STOP]`, is what the walk tells the race of a sequence (fields below): keys are
+A *stop*, int32 `[B, STOP]`, is what a walk tells the `race` of a sequence (fields below). Keys are
 in units of the row's `E / exp((x - top) / T)`, so an id of probability r has the key
 `E / (r * normaliser)` with the normaliser that `merge` gives.
 """
@@ -28,15 +30,14 @@ from eesd_kernels.triton.splits import (
     COUPLED,
     DETERMINISTIC,
     EACH,
-    NO_ID,
     children_of,
     depth_of,
     exponent,
     finite_or_zero,
     first_of,
     ids_of,
+    lifted,
     lowered,
-    merge_races,
     pick,
     race_split,
     raw_split,
@@ -48,7 +49,7 @@ SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
 FOLD_BELOW = 1 << 21  # logits: at 1.5 M one launch less pays, at 2.3 M no more
 PROGRAMS = 768  # of `statistics`: of more splits, each takes several, unless it races in all rows
-RACING = 528  # of `race`, likewise
+RACING = 528  # that race, likewise: so many have their place at once
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -61,15 +62,17 @@ INSIDE_KEY = tl.constexpr(4)  # float32: the best key among the excluded ids by 
 TAKE = INSIDE_KEY  # float32, for dense laws, which exclude: what of q is taken out of p
 INSIDE_ID = tl.constexpr(5)  # its id
 REST_ID = tl.constexpr(6)  # the winner where nothing is left anywhere: by p, among the excluded ids
-ARRIVED = tl.constexpr(7)  # splits that have raced: 0 when the walk ends, counted by the race
+ARRIVED = tl.constexpr(7)  # of dense laws: splits that have raced, 0 when the walk ends
+EMPTY = tl.constexpr(-1)  # a record of a race that is not written yet; others are not below 0
 
 
 @triton.jit
 def _statistics_kernel(
     logits_ptr, stride_b, stride_r, live_ptr, law_ptr, temperature_ptr, cutoff_ptr, seed_ptr,
-    position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, rows, vocab, splits,
-    children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, LOOP: tl.constexpr,
-    BLOCK: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    position_ptr, base_ptr, child_ptr, parent_ptr, q_ids_ptr, partial_ptr, record_ptr, rows, vocab,
+    splits, children, q_rows, k, BONUS: tl.constexpr, FOLD: tl.constexpr, LOOP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Every `num_programs(2)`-th split of a row, from the program's own on; one if not LOOP."""
     b, row, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -81,6 +84,10 @@ def _statistics_kernel(
     temperature, seed = tl.load(temperature_ptr + b), tl.load(seed_ptr + b)
     position, base = tl.load(position_ptr + b), tl.load(base_ptr + b)
     raw = raw_split(row_ptr, program * BLOCK, vocab, BLOCK)
+    if record_ptr is not None:
+        every = tl.arange(0, SPLITS)
+        emptied = (every < splits) & (row + program == 0)
+        tl.store(record_ptr + b * splits + every, tl.full([SPLITS], EMPTY, tl.int64), mask=emptied)
     depth = row
     if FOLD:  # what the race reads of a row waits for nothing
         if parent_ptr is None:
@@ -137,15 +144,59 @@ def _statistics_kernel(
 
 
 @triton.jit
+def race_row(
+    raw, top, row_ptr, cutoff_ptr, tops_ptr, row_top, listed, position, base, seed, c, record_ptr,
+    vocab, splits, program, programs, LOOP: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Race over every `programs`-th split of a row, from the `program`-th on; one if not LOOP.
+
+    The best of each program is a record, EMPTY before: key and id in one word, which is written
+    whole. The last program waits for those of the others. It keeps none of them from its place on
+    the GPU: programs begin in the order of their numbers (on which CUB's scan relies as well).
+
+    raw, top: of the program's first split. cutoff_ptr, tops_ptr: of the row. row_top: its top.
+    listed: ids that do not race. record_ptr: `[S]` int64.
+
+    Returns, in the last program, the row's best key and its id.
+    """
+    best = tl.full([], 2**63 - 1, tl.int64)
+    for split in range(program, splits if LOOP else program + 1, programs):
+        first, after = split * BLOCK, split + programs
+        if LOOP:  # on their way meanwhile
+            later = raw_split(row_ptr, after * BLOCK, vocab, BLOCK)
+            later_top = tl.load(tops_ptr + after, mask=after < splits, other=0.0)
+        x = raw.to(tl.float32)
+        if cutoff_ptr is not None:
+            x = tl.where(x < tl.load(cutoff_ptr), float("-inf"), x)
+        below = (x - finite_or_zero(top)) * c
+        below = without(below, first, listed, BLOCK)
+        key, who = race_split(below, first, position, base, seed, BLOCK)
+        bits = lifted(key, top, row_top, c).to(tl.int32, bitcast=True)
+        best = tl.minimum(best, (bits.to(tl.int64) << 32) | who)
+        if LOOP:
+            raw, top = later, later_top
+    if program < programs - 1:
+        tl.store(record_ptr + program, best)
+    else:
+        every = tl.arange(0, SPLITS)
+        others = every < programs - 1
+        records = tl.load(record_ptr + every, mask=others, other=best, volatile=True)
+        while tl.min(records, 0) == EMPTY:
+            records = tl.load(record_ptr + every, mask=others, other=best, volatile=True)
+        best = tl.minimum(best, tl.min(records, 0))
+    return (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), best.to(tl.int32)
+
+
+@triton.jit
 def _race_kernel(
     logits_ptr, stride_b, stride_r, temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr,
-    partial_ptr, stop_ptr, excluded_ptr, candidate_ptr, token_ids_ptr, rows, width, vocab, splits,
+    partial_ptr, stop_ptr, excluded_ptr, record_ptr, token_ids_ptr, rows, width, vocab, splits,
     count, LOOP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every `num_programs(1)`-th split of the row, from the program's own on; one if not LOOP."""
     b, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    stop, step = stop_ptr + b * STOP, tl.num_programs(1)
+    programs, stop = tl.num_programs(1), stop_ptr + b * STOP
     if PDL:  # and no release: programs that wait would take the place of those that race
         tl.extra.cuda.gdc_wait()
     row = tl.load(stop + ROW)
@@ -153,37 +204,19 @@ def _race_kernel(
     position, c = tl.load(position_ptr + b), exponent(tl.load(temperature_ptr + b))
     if row >= 0:
         row_ptr = logits_ptr + b * stride_b + row.to(tl.int64) * stride_r
-        some = tl.arange(0, COUNT)
-        listed = tl.load(excluded_ptr + b * count + some, mask=some < count, other=-1)
+        some, every = tl.arange(0, COUNT), tl.arange(0, SPLITS)
         tops_ptr = partial_ptr + ((b * rows + row) * 4 + TOP) * splits
-        position += tl.load(stop + DEPTH) + 1
-        mine = candidate_ptr + b * 2 * splits
         raw, top = raw_split(row_ptr, program * BLOCK, vocab, BLOCK), tl.load(tops_ptr + program)
-        for split in range(program, splits if LOOP else program + 1, step):
-            first, after = split * BLOCK, split + step
-            if LOOP:  # on their way meanwhile
-                later = raw_split(row_ptr, after * BLOCK, vocab, BLOCK)
-                later_top = tl.load(tops_ptr + after, mask=after < splits, other=0.0)
-            x = raw.to(tl.float32)
-            if cutoff_ptr is not None:
-                x = tl.where(x < tl.load(cutoff_ptr + b * rows + row), float("-inf"), x)
-            below = (x - finite_or_zero(top)) * c
-            below = without(below, first, listed, BLOCK)
-            key, who = race_split(below, first, position, base, seed, BLOCK)
-            tl.store(mine + split, key.to(tl.int32, bitcast=True))
-            tl.store(mine + splits + split, who)
-            if LOOP:
-                raw, top = later, later_top
-        tl.debug_barrier()  # the block's stores stand before its arrival
-        if tl.atomic_add(stop + ARRIVED, 1, sem="acq_rel") == step - 1:
-            every = tl.arange(0, SPLITS)
-            live = every < splits
-            keys = tl.load(mine + every, mask=live, other=0x7F800000, cache_modifier=".cg")
-            them = tl.load(mine + splits + every, mask=live, other=NO_ID, cache_modifier=".cg")
-            tops = tl.load(tops_ptr + every, mask=live, other=float("-inf"))
-            least, token = merge_races(
-                keys.to(tl.float32, bitcast=True), tops, them, tl.max(tops, 0), c, 0
-            )
+        tops = tl.load(tops_ptr + every, mask=every < splits, other=float("-inf"))
+        listed = tl.load(excluded_ptr + b * count + some, mask=some < count, other=-1)
+        position += tl.load(stop + DEPTH) + 1
+        if cutoff_ptr is not None:
+            cutoff_ptr += b * rows + row
+        least, token = race_row(
+            raw, top, row_ptr, cutoff_ptr, tops_ptr, tl.max(tops, 0), listed, position, base, seed,
+            c, record_ptr + b * splits, vocab, splits, program, programs, LOOP, BLOCK, SPLITS,
+        )  # fmt: skip
+        if program == programs - 1:
             token = pick(
                 least, token, tl.load(stop + SCALE).to(tl.float32, bitcast=True),
                 tl.load(stop + INSIDE_KEY).to(tl.float32, bitcast=True),
@@ -235,6 +268,7 @@ def statistics(
     fold: bool = False,
     child_ids: Tensor | None = None,
     q_ids: Tensor | None = None,
+    records: Tensor | None = None,
 ) -> None:
     """Fill the planes of every row r < live + bonus; other rows stay as they were.
 
@@ -247,6 +281,7 @@ def statistics(
             that the walk does not weigh itself: in rows r < live without `q_ids [B, Q, k]` of the
             row, where the law is deterministic or q_ids None without the row's children, which are
             `child_ids [B, Q]` (linear: that of row r at r; tree: of node i at i).
+        records: `[B, S]` int64, emptied for a race behind.
     """
     batch, rows, vocab = logits.shape
     (block, warps), splits = split_of(vocab), partial.shape[3]
@@ -258,14 +293,35 @@ def statistics(
     spills = logits.dtype is torch.float32 or arch >= 100 or (loop and rows_apart(logits))
     _statistics_kernel[(batch, rows, programs)](
         logits, logits.stride(0), logits.stride(1), live, law, temperature, cutoff, seed, position,
-        base, child_ids, parent, q_ids, partial, rows, vocab, splits, children, q_rows, k,
+        base, child_ids, parent, q_ids, partial, records, rows, vocab, splits, children, q_rows, k,
         BONUS=bonus, FOLD=fold, LOOP=loop, BLOCK=block,
-        CHILDREN=triton.next_power_of_2(children), WIDTH=triton.next_power_of_2(k),
-        num_warps=warps,
+        SPLITS=triton.next_power_of_2(splits), CHILDREN=triton.next_power_of_2(children),
+        WIDTH=triton.next_power_of_2(k), num_warps=warps,
         # 255: else ptxas spills a word to fit a program more. 64: a tree's would have 95, and fewer
         # programs would run at once.
         maxnreg=255 if spills else 64 if loop and arch >= 90 else None, **overlap(logits),
     )  # fmt: skip
+
+
+def racing(logits: Tensor, warps: int = 1) -> tuple[int, dict[str, int | bool]]:
+    """Programs of a sequence that race over a row, and how they are launched.
+
+    Args:
+        warps: that a program needs for what else it does.
+    """
+    batch, _, vocab = logits.shape
+    (block, enough), splits = split_of(vocab), splits_of(vocab)
+    programs = max(1, min(splits, RACING // batch))
+    programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
+    return programs, {
+        "LOOP": programs < splits, "BLOCK": block, "SPLITS": triton.next_power_of_2(splits),
+        "num_warps": max(warps, enough), "maxnreg": 255 if rows_apart(logits) else 128,
+    }  # fmt: skip
+
+
+def new_records(partial: Tensor) -> Tensor:
+    """Room for what the programs that race over a row of each sequence tell one another."""
+    return partial.new_empty(partial.shape[0], partial.shape[3], dtype=torch.int64)
 
 
 def race(
@@ -277,6 +333,7 @@ def race(
     partial: Tensor,
     stop: Tensor,
     excluded: Tensor,
+    records: Tensor,
     token_ids: Tensor,
     *,
     cutoff: Tensor | None = None,
@@ -288,20 +345,12 @@ def race(
 
     Args:
         stop: int32 `[B, STOP]`. excluded: int32 `[B, E]`, -1: none; both by the walk.
-        token_ids: int32 `[B, W]`, contiguous.
+        records: as `statistics` emptied them. token_ids: int32 `[B, W]`, contiguous.
     """
     batch, rows, vocab = logits.shape
-    (block, warps), splits = split_of(vocab), partial.shape[3]
-    count = excluded.shape[1]
-    candidate = torch.empty(batch, 2, splits, dtype=torch.int32, device=logits.device)
-    arch, programs = architecture(logits.device), max(1, min(splits, RACING // batch))
-    programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
+    splits, count, (programs, how) = partial.shape[3], excluded.shape[1], racing(logits)
     _race_kernel[(batch, programs)](
         logits, logits.stride(0), logits.stride(1), temperature, cutoff, seed, position, base,
-        partial, stop, excluded, candidate, token_ids, rows, token_ids.shape[1], vocab, splits,
-        count, LOOP=programs < splits, BLOCK=block, SPLITS=triton.next_power_of_2(splits),
-        COUNT=triton.next_power_of_2(count), num_warps=warps,
-        # Else ptxas spills two words to fit a program more.
-        maxnreg=None if not 0 < arch < 90 else 255 if rows_apart(logits) else 128,
-        **overlap(logits),
+        partial, stop, excluded, records, token_ids, rows, token_ids.shape[1], vocab, splits, count,
+        COUNT=triton.next_power_of_2(count), **how, **overlap(logits),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from eesd_kernels.triton.keys import ordered, unordered
 from eesd_kernels.triton.random import race_noise, words_of_tile
 
 NO_ID = tl.constexpr(2**31 - 1)
@@ -71,7 +72,10 @@ def load_split(row_ptr, cutoff, first, vocab, BLOCK: tl.constexpr):
 @triton.jit
 def lowered(x, c):
     """The largest of a tile of logits, and how far each lies below: `p` goes as `exp2` of it."""
-    top = tl.max(tl.max(x, 1), 0)
+    THREADS: tl.constexpr = x.numel // EACH if x.numel > EACH else 1
+    shape: tl.constexpr = [x.numel // (4 * THREADS), THREADS, 4]
+    each = tl.max(tl.max(x.reshape(shape), 2), 0)
+    top = unordered(tl.max(ordered(each), 0))
     return top, (x - finite_or_zero(top)) * c
 
 
@@ -152,9 +156,11 @@ def race_split(below, first, position, base, seed, BLOCK: tl.constexpr):
 
 @triton.jit
 def winner(keys, ids, axis: tl.constexpr):
-    """The smallest key along an axis and its id, the lowest of equals."""
-    key = tl.min(keys, axis)
-    return key, tl.min(tl.where(keys == tl.expand_dims(key, axis), ids, NO_ID), axis)
+    """The smallest key along an axis, of keys at least 0, and its id, the lowest of equals."""
+    bits = keys.to(tl.int32, bitcast=True)  # which a warp compares in one step
+    least = tl.min(bits, axis)
+    id = tl.min(tl.where(bits == tl.expand_dims(least, axis), ids, NO_ID), axis)
+    return least.to(tl.float32, bitcast=True), id
 
 
 @triton.jit
@@ -170,11 +176,16 @@ def merge(tops, sums, c, axis: tl.constexpr):
 
 
 @triton.jit
+def lifted(key, top, row_top, c):
+    """A split's key in units of the row's top."""
+    lift = tl.exp2((finite_or_zero(row_top) - finite_or_zero(top)) * c)
+    return tl.where(key == float("inf"), key, key * lift)  # nobody there: inf * 0 would be NaN
+
+
+@triton.jit
 def merge_races(keys, tops, ids, top, c, axis: tl.constexpr):
     """The winner of rows from their splits' winners; `top` as `merge` gives it."""
-    lift = tl.exp2((tl.expand_dims(finite_or_zero(top), axis) - finite_or_zero(tops)) * c)
-    # Nobody in a split: inf * 0 would be NaN.
-    return winner(tl.where(keys == float("inf"), keys, keys * lift), ids, axis)
+    return winner(lifted(keys, tops, tl.expand_dims(top, axis), c), ids, axis)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""verify_linear from logits: statistics of the live rows, one walk a sequence, one race.
+"""verify_linear from logits: statistics of the live rows, then one walk a sequence and one race.
 
 Every level of a one-by-one draft is tested at once, and the walk is the first rejection among
 them; only the block rule's a_i go level by level. The walk's few numbers are float64, made of
-float32 sums. Two launches where the rows are few enough to race in all of them (`rows.FOLD_BELOW`),
-else three; each starts while the one before it ends and waits for its results only.
+float32 sums. There are two launches, and the second starts while the first ends and waits for its
+results only; where rows are few (`rows.FOLD_BELOW`), all have raced in the first. A dense q takes
+more of them.
 """
 
 import torch
@@ -19,17 +20,15 @@ from eesd_kernels.triton.rows import (
     ARRIVED,
     DEPTH,
     ID,
-    INSIDE_ID,
-    INSIDE_KEY,
     KEY,
     PLACE,
-    REST_ID,
     ROW,
     SCALE,
     STOP,
     SUM,
     TAKE,
     TOP,
+    race_row,
 )
 from eesd_kernels.triton.splits import (
     COUPLED,
@@ -43,6 +42,7 @@ from eesd_kernels.triton.splits import (
     merge,
     merge_races,
     pick,
+    raw_split,
     some_from_l2,
     winner,
 )
@@ -55,13 +55,16 @@ ACCEPT = tl.constexpr(3)  # the purpose of a test's noise
 def _walk_kernel(
     logits_ptr, stride_b, stride_r, draft_ids_ptr, length_ptr, q_ids_ptr, q_probs_ptr, law_ptr,
     temperature_ptr, cutoff_ptr, seed_ptr, position_ptr, base_ptr, partial_ptr, weights_ptr,
-    left_ptr, stop_ptr, excluded_ptr, accepted_ptr, token_ids_ptr, status_ptr, drafts,
-    vocab, splits, k, ROWS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
-    FOLD: tl.constexpr, PDL: tl.constexpr,
+    left_ptr, stop_ptr, excluded_ptr, record_ptr, accepted_ptr, token_ids_ptr, status_ptr,
+    drafts, vocab, splits, k, ROWS: tl.constexpr, WIDTH: tl.constexpr, FOLD: tl.constexpr,
+    LOOP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Where races are not folded and q is not dense, every program of a sequence walks, and they
+    race over the row where they stop. The last one writes the results."""
     SPARSE: tl.constexpr = q_ids_ptr is not None
     DENSE: tl.constexpr = q_ids_ptr is None and q_probs_ptr is not None
-    b = tl.program_id(0).to(tl.int64)
+    RACES: tl.constexpr = not (FOLD or DENSE)
+    b, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     level, col, split = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     # Loads in two waves: settings and drafts, then the logits that these point to.
     length = tl.minimum(tl.maximum(from_l2(length_ptr + b), 0), drafts)
@@ -112,7 +115,8 @@ def _walk_kernel(
 
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not RACES:  # programs that wait would take the place of those that race
+            tl.extra.cuda.gdc_launch_dependents()
     at = partial_ptr + (b * (drafts + 1) + level)[:, None] * 4 * splits + split[None, :]
     live = (level <= length)[:, None] & (split < splits)[None, :]
     tops = tl.load(at + TOP * splits, mask=live, other=float("-inf"))
@@ -159,60 +163,79 @@ def _walk_kernel(
 
     # Row m's ids that the walk weighs itself: of p, r is left on them, and scale outside.
     here, weighed = level == m, (m < length) & (matching == 0)
-    top_m, norm_m = at_level(top, level, m), at_level(norm, level, m)
     ids_m = tl.where(col == 0, tl.max(tl.where(here & known & weighed, t, -1), 0), -1)
-    p_m = mass_of(tl.where(col == 0, at_level(x_t, level, m), float("-inf")), top_m, c)
-    r, take = tl.zeros((WIDTH,), tl.float64), tl.full((), 0.0, tl.float64)
     if SPARSE:  # noqa: SIM102, known when it is compiled, and fixed is not
         if fixed == 0:
             ids_m = tl.max(tl.where(here[:, None] & weighed, ids, -1), 0)
-            p_m = mass_of(tl.sum(tl.where(here[:, None], x, 0.0), 0), top_m, c)
-            w_m = tl.sum(tl.where(here[:, None], w, 0.0), 0)
-            r = scale * p_m - w_m * (at_level(unit, level, m) * norm_m)
-            child_m = tl.sum(tl.where(here, child, 0), 0)
-            r = tl.where((col == child_m) & (block == 0), 0.0, above_zero(r))
-            left_m = tl.sum(tl.where(ids_m >= 0, r, 0.0), 0)
-            takes = takes & (left_m == left_m)  # NaN: a draft law without sense takes nothing
-            r, scale = tl.where(takes, r, p_m), tl.where(takes, scale, 1.0)
-    if DENSE:  # noqa: SIM102
+    top_m, norm_m = at_level(top, level, m), at_level(norm, level, m)
+    racing = (matching | failed) == 0
+    if RACES:  # on its way meanwhile
+        row_m = logits_ptr + b * stride_b + m.to(tl.int64) * stride_r
+        raw = raw_split(row_m, program * BLOCK, tl.where(racing, vocab, 0), BLOCK)
+        tops_ptr = partial_ptr + ((b * (drafts + 1) + m) * 4 + TOP) * splits
+        top_raw = tl.load(tops_ptr + program)
+    last = program == tl.num_programs(1) - 1
+    inside_key, inside_id = tl.full([], float("inf"), tl.float32), tl.full([], NO_ID, tl.int32)
+    rest_id, scale_m = inside_id, scale
+    if not DENSE:  # noqa: SIM102
+        if last:
+            p_m = mass_of(tl.where(col == 0, at_level(x_t, level, m), float("-inf")), top_m, c)
+            r = tl.zeros((WIDTH,), tl.float64)
+            if SPARSE:  # noqa: SIM102
+                if fixed == 0:
+                    p_m = mass_of(tl.sum(tl.where(here[:, None], x, 0.0), 0), top_m, c)
+                    w_m = tl.sum(tl.where(here[:, None], w, 0.0), 0)
+                    r = scale * p_m - w_m * (at_level(unit, level, m) * norm_m)
+                    child_m = tl.sum(tl.where(here, child, 0), 0)
+                    r = tl.where((col == child_m) & (block == 0), 0.0, above_zero(r))
+                    left_m = tl.sum(tl.where(ids_m >= 0, r, 0.0), 0)
+                    takes = takes & (left_m == left_m)  # NaN: a law without sense takes nothing
+                    r, scale_m = tl.where(takes, r, p_m), tl.where(takes, scale, 1.0)
+            some_m = tl.where(ids_m >= 0, ids_m, 0)
+            noise = words_of_ids(some_m, position + m + 1, base, TARGET, seed)
+            listed_m = tl.where(ids_m >= 0, ids_m, NO_ID)
+            inside_key, inside_id = winner(key_of(noise, tl.where(ids_m >= 0, r, 0.0)), listed_m, 0)
+            rest_id = inside_id
+            if inside_key == float("inf"):
+                _key, rest_id = winner(key_of(noise, tl.where(ids_m >= 0, p_m, 0.0)), listed_m, 0)
+
+    next_token = tl.sum(tl.where(here, token, 0), 0)
+    if DENSE:
+        take = tl.full((), 0.0, tl.float64)
         if fixed == 0:
             sum_m = at_level(w_all, level, m)
             takes = takes & (sum_m - sum_m == 0)
-            take, scale = tl.where(takes, norm_m / sum_m, 0.0), tl.where(takes, scale, 1.0)
+            take, scale_m = tl.where(takes, norm_m / sum_m, 0.0), tl.where(takes, scale, 1.0)
             ids_m = tl.where(takes & (block == 0), ids_m, -1)
-
-    next_token = tl.sum(tl.where(here, token, 0), 0)
-    if not DENSE:
-        word = words_of_ids(tl.where(ids_m >= 0, ids_m, 0), position + m + 1, base, TARGET, seed)
-        listed_m = tl.where(ids_m >= 0, ids_m, NO_ID)
-        inside_key, inside_id = winner(key_of(word, tl.where(ids_m >= 0, r, 0.0)), listed_m, 0)
-        rest_id = inside_id
-        if inside_key == float("inf"):
-            _key, rest_id = winner(key_of(word, tl.where(ids_m >= 0, p_m, 0.0)), listed_m, 0)
-    if FOLD:
-        key_m = at_level(key, level, m)
-        chosen = pick(key_m, next_token, scale.to(tl.float32), inside_key, inside_id, rest_id)
-        next_token = tl.where(matching, next_token, chosen)
-    else:
-        next_token = tl.where(matching, next_token, -1)  # else the race writes it
+        next_token = tl.where(matching, next_token, -1)  # a launch of its own races for it
         stop = stop_ptr + b * STOP
-        tl.store(stop + ROW, tl.where(matching | failed, -1, m))
+        tl.store(stop + ROW, tl.where(racing, m, -1))
         tl.store(stop + PLACE, m)
         tl.store(stop + DEPTH, m)
-        tl.store(stop + SCALE, scale.to(tl.float32).to(tl.int32, bitcast=True))
+        tl.store(stop + SCALE, scale_m.to(tl.float32).to(tl.int32, bitcast=True))
+        tl.store(stop + TAKE, take.to(tl.float32).to(tl.int32, bitcast=True))
         tl.store(stop + ARRIVED, 0)
-        if DENSE:
-            tl.store(stop + TAKE, take.to(tl.float32).to(tl.int32, bitcast=True))
-        else:
-            tl.store(stop + INSIDE_KEY, inside_key.to(tl.int32, bitcast=True))
-            tl.store(stop + INSIDE_ID, inside_id)
-            tl.store(stop + REST_ID, rest_id)
         tl.store(excluded_ptr + b * k + col, ids_m, mask=col < k)
-    tokens = tl.where(level < m, t, tl.where(here, next_token, -1))
-    tokens = tl.where(failed, -1, tokens)
-    tl.store(token_ids_ptr + b * (drafts + 1) + level, tokens, mask=level <= drafts)
-    tl.store(accepted_ptr + b, tl.where(failed, 0, m))
-    tl.store(status_ptr + b, failed.to(tl.int32))
+    else:
+        least, outside_id = at_level(key, level, m), next_token
+        if RACES:  # noqa: SIM102
+            if racing:
+                if cutoff_ptr is not None:
+                    cutoff_ptr += b * (drafts + 1) + m
+                least, outside_id = race_row(
+                    raw, top_raw, row_m, cutoff_ptr, tops_ptr, top_m, ids_m, position + m + 1,
+                    base, seed, c, record_ptr + b * splits, vocab, splits, program,
+                    tl.num_programs(1), LOOP, BLOCK, SPLITS,
+                )  # fmt: skip
+        if matching == 0:
+            weight = scale_m.to(tl.float32)
+            next_token = pick(least, outside_id, weight, inside_key, inside_id, rest_id)
+    if last:
+        tokens = tl.where(level < m, t, tl.where(here, next_token, -1))
+        tokens = tl.where(failed, -1, tokens)
+        tl.store(token_ids_ptr + b * (drafts + 1) + level, tokens, mask=level <= drafts)
+        tl.store(accepted_ptr + b, tl.where(failed, 0, m))
+        tl.store(status_ptr + b, failed.to(tl.int32))
 
 
 def verify_linear(
@@ -256,40 +279,36 @@ def verify_linear(
     fold = dense_q is None and rows.folds(logits)
     partial = rows.new_partial(logits)
     splits = partial.shape[3]
-    weights = left = stop = excluded = None
+    weights = left = stop = excluded = records = None
     if dense_q is not None:
         weights = dense.weights(dense_q, length, splits)
+        stop, excluded = length.new_empty(batch, STOP.value), length.new_empty(batch, k)
+    elif not fold:
+        records = rows.new_records(partial)
     rows.statistics(
         logits, length, law, temperature, seed, position, base, partial, bonus=1, cutoff=cutoff,
-        fold=fold, child_ids=draft_ids, q_ids=q_ids,
+        fold=fold, child_ids=draft_ids, q_ids=q_ids, records=records,
     )  # fmt: skip
     if dense_q is not None and weights is not None:
         left = dense.masses(
             logits, dense_q, draft_ids, length, law, temperature, cutoff, partial, weights
         )
-    if not fold:
-        stop, excluded = length.new_empty(batch, STOP.value), length.new_empty(batch, k)
     levels, across = triton.next_power_of_2(width), triton.next_power_of_2(splits)
     listed = triton.next_power_of_2(k)
     tile = levels * max(across, listed)
-    _walk_kernel[(batch,)](
+    warps = 1 if tile <= 512 else 4 if tile <= 1024 else 8
+    programs, how = 1, {"LOOP": False, "BLOCK": 1, "SPLITS": across, "num_warps": warps}
+    if records is not None:
+        programs, how = rows.racing(logits, warps)
+    _walk_kernel[(batch, programs)](
         logits, logits.stride(0), logits.stride(1), draft_ids, length, q_ids, q_probs, law,
-        temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded,
-        accepted, token_ids, status, width - 1, vocab, splits, k, ROWS=levels, SPLITS=across,
-        WIDTH=listed, FOLD=fold,
-        num_warps=1 if tile <= 512 else 4 if tile <= 1024 else 8,
-        **overlap(logits, dense_q is None),
+        temperature, cutoff, seed, position, base, partial, weights, left, stop, excluded, records,
+        accepted, token_ids, status, width - 1, vocab, splits, k, ROWS=levels, WIDTH=listed,
+        FOLD=fold, **how, **overlap(logits, dense_q is None),
     )  # fmt: skip
-    if stop is None or excluded is None:
-        return accepted, token_ids, status
-    if dense_q is not None:
+    if dense_q is not None and stop is not None and excluded is not None:
         dense.race(
             logits, dense_q, temperature, cutoff, seed, position, base, partial, stop, excluded,
             token_ids,
-        )  # fmt: skip
-    else:
-        rows.race(
-            logits, temperature, seed, position, base, partial, stop, excluded, token_ids,
-            cutoff=cutoff,
         )  # fmt: skip
     return accepted, token_ids, status

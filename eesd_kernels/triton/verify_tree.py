@@ -29,7 +29,6 @@ from eesd_kernels.triton.nodes import (
 )
 from eesd_kernels.triton.random import words_of
 from eesd_kernels.triton.rows import (
-    ARRIVED,
     DEPTH,
     ID,
     INSIDE_ID,
@@ -207,7 +206,6 @@ def _walk_kernel(
             tl.store(stop + INSIDE_KEY, key_m.to(tl.int32, bitcast=True))
             tl.store(stop + INSIDE_ID, tl.sum(tl.where(end, inside_id, 0), 0))
             tl.store(stop + REST_ID, tl.sum(tl.where(end, rest_id, 0), 0))
-            tl.store(stop + ARRIVED, 0)
     if not FOLD:  # the race writes the token, unless there is nothing to race for
         tl.store(stop_ptr + b * STOP + ROW, tl.where(matching | nothing, -1, last))
 
@@ -270,9 +268,10 @@ def verify_tree(
 
     fold = rows.folds(logits)
     partial = rows.new_partial(logits)
+    records = None if fold else rows.new_records(partial)
     rows.statistics(
         logits, number, law, temperature, seed, position, base, partial, bonus=0, cutoff=cutoff,
-        parent=parent, fold=fold, child_ids=node_ids, q_ids=q_ids,
+        parent=parent, fold=fold, child_ids=node_ids, q_ids=q_ids, records=records,
     )  # fmt: skip
     splits, count = partial.shape[3], max(k, nodes)
     stop = excluded = None
@@ -287,9 +286,9 @@ def verify_tree(
         num_warps=_warps(width * max(width, across, listed)),
         **overlap(logits),
     )  # fmt: skip
-    if stop is not None and excluded is not None:
+    if stop is not None and excluded is not None and records is not None:
         rows.race(
-            logits, temperature, seed, position, base, partial, stop, excluded, token_ids,
+            logits, temperature, seed, position, base, partial, stop, excluded, records, token_ids,
             cutoff=cutoff,
         )  # fmt: skip
     return accepted, path, token_ids, status

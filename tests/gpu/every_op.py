@@ -88,11 +88,11 @@ def main(names: list[str]) -> None:
     for name in names:
         torch.manual_seed(0)
         for given in cases(name):
-            # As few programs as there can be take several splits or chunks each; and small chunks.
+            # Few programs take several splits or chunks each, two race for a token; small chunks.
             for few in (False, True) if name in LOOPING else (False,):
-                rows.SPLIT = 64
+                rows.SPLIT = 32
                 rows.FOLD_BELOW = 0 if few else 1 << 20
-                rows.PROGRAMS, rows.RACING = (1, 1) if few else PROGRAMS
+                rows.PROGRAMS, rows.RACING = (1, 8) if few else PROGRAMS
                 tree_attention.FEWEST_SLOTS, exit_merge.CHUNK = (1, 4) if few else (8, 64)
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}

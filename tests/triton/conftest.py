@@ -28,9 +28,9 @@ def _products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[ALWAYS, NEVER], ids=["race in all rows", "race in one"])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "FOLD_BELOW", request.param)
-    if not request.param:  # and each program takes several splits
+    if not request.param:  # and each program takes several splits; of several that race, one waits
         monkeypatch.setattr(rows, "PROGRAMS", 1)
-        monkeypatch.setattr(rows, "RACING", 1)
+        monkeypatch.setattr(rows, "RACING", 16)
 
 
 @pytest.fixture
