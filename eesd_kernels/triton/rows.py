@@ -47,7 +47,7 @@ from eesd_kernels.triton.splits import (
 
 SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
-FOLD_BELOW = 1 << 21  # logits: at 1.5 M one launch less pays, at 2.3 M no more
+FOLD_BELOW = 1 << 21  # logits: with 1.5 M a race in all rows costs no more, with 2.3 M it does
 PROGRAMS = 768  # of `statistics`: of more splits, each takes several, unless it races in all rows
 RACING = 528  # that race, likewise: so many have their place at once
 
