@@ -140,7 +140,7 @@ class Clock:
 
     def put(self, value: Tensor) -> None:
         self.at.append(time.perf_counter())
-        self.tokens.append(len(value))
+        self.tokens.append(value.numel())
 
     def end(self) -> None:
         """The first entry is the prompt's."""

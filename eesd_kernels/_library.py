@@ -83,6 +83,7 @@ class _TritonOp:
 
     It takes the op's arguments and `out`, a tuple of tensors to write to or None, and returns the
     results, or None for arguments that it does not take (float64), which the reference then does.
+    Triton launches on the current device: here that is the first tensor's.
     """
 
     def __init__(self, op: str, reference: Callable[..., Any]) -> None:
@@ -100,7 +101,9 @@ class _TritonOp:
                     f"{self._op}: on CUDA tensors expected the package triton, found none"
                 ) from None
             self._kernel = getattr(module, self._op)
-        results = self._kernel(*args, out=out)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.cuda.device(device):
+            results = self._kernel(*args, out=out)
         if results is not None:
             return results
         results = self._reference(*args)

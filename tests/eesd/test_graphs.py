@@ -278,9 +278,13 @@ def test_an_error_leaves_the_captures_usable(model: Model, captured: Callable[[]
     assert out.speculative.engine.captured
 
 
+@pytest.mark.parametrize(
+    ("refusal", "named"), [(CacheTooLarge, "KV cache"), (torch.OutOfMemoryError, "out of memory")]
+)
 def test_short_of_memory(
-    model: Model, captured: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    refusal: type[RuntimeError], named: str, model: Model, captured: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     captured()
     monkeypatch.setattr(eesd.captures, "MIN_CAPACITY", 8)
     call(model, PROMPTS[:1])
@@ -290,7 +294,7 @@ def test_short_of_memory(
     def new_cache(self: Llama, batch: int, capacity: int, *, exit_layers: int) -> KVCache:
         made.append(capacity)
         if capacity > limit:
-            raise CacheTooLarge("the KV cache of ... does not fit")
+            raise refusal("the KV cache of ... does not fit")
         return real(self, batch, capacity, exit_layers=exit_layers)
 
     monkeypatch.setattr(Llama, "new_cache", new_cache)
@@ -300,8 +304,9 @@ def test_short_of_memory(
     assert out.speculative.engine is not None
     assert out.speculative.engine.captured
     assert len(model.captures) == 1
-    with pytest.raises(RuntimeError, match="KV cache"):
+    with pytest.raises(RuntimeError, match=named):
         call(model, max_new_tokens=50)
+    assert call(model, max_new_tokens=30).speculative.engine == out.speculative.engine
 
 
 def test_a_copied_model_has_its_own(model: Model, captured: Callable[[], None]) -> None:

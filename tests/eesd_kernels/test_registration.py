@@ -1,6 +1,9 @@
 """Every op: registered whole, equal to its reference, deterministic, and strict about input."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from op_samples import SAMPLES
 
 import eesd_kernels as ek
-from eesd_kernels import reference
+from eesd_kernels import _library, reference
 
 # float32 sums in another order; integers must be equal.
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}
@@ -142,3 +145,23 @@ def test_values_out_of_range(op: str, changes: dict[str, Any], message: str):
 def test_implementations_names_every_op():
     assert sorted(ek.implementations()) == sorted(SAMPLES)
     assert ek.implementations()["linear"] == {"cpu": "C++", "cuda": "Triton"}
+
+
+def test_triton_has_the_device_of_its_tensors_as_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        current.append(str(of))
+        yield
+        current.append("left")
+
+    def kernel(scale: float, x: torch.Tensor, out: object) -> torch.Tensor:
+        assert current == ["cpu"]
+        return x * scale
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(_library, "import_module", lambda name: SimpleNamespace(scaled=kernel))
+    op = _library.triton_op("scaled", lambda *_: None)
+    assert torch.equal(op(2.0, torch.ones(3)), torch.full((3,), 2.0))
+    assert current == ["cpu", "left"]

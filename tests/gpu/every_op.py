@@ -19,13 +19,15 @@ from op_samples import SAMPLES
 from pages import pages_of
 
 import eesd_kernels as ek
-from eesd_kernels.triton import exit_merge, rows, tree_attention
+from eesd_kernels.triton import exit_merge, linear, rollback_kv, rows, tree_attention
 
 NARROW = {"x", "weight", "residual", "gate_up", "qkv", "q", "k_cache", "v_cache", "cache", "hidden",
           "lm_head", "target_logits"}  # fmt: skip
-LOOPING = ("verify_linear", "verify_tree", "tree_attention", "exit_topk", "exit_draft")
+LOOPING = ("verify_linear", "verify_tree", "tree_attention", "exit_topk", "exit_draft",
+           "rollback_kv")  # fmt: skip
 TILES_OF = tree_attention.tiles_of
 PROGRAMS = rows.PROGRAMS, rows.RACING
+FEW_BELOW = rollback_kv.FEW_BELOW, rollback_kv.PROGRAMS
 
 
 def few_programs(*shape: Any) -> tree_attention.Tiles:
@@ -45,6 +47,11 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
         for outs in (1, 70):
             yield {"x": x[:outs].bfloat16(), "weight": weight.bfloat16(), "swiglu": True}
             yield {"x": x[:outs].half(), "weight": weight.half(), "norm_weight": norm.half()}
+        for i, config in enumerate(dict.fromkeys(linear.BY_SHAPE.values())):
+            rows = 136 + 8 * i
+            linear.BY_SHAPE[rows, 256] = config
+            yield {"x": x.bfloat16(), "weight": weight[:rows].bfloat16(),
+                   "residual": torch.randn(70, rows).bfloat16()}  # fmt: skip
     elif name == "exit_topk":
         hidden, head = torch.randn(64, 256).bfloat16(), torch.randn(1003, 256).bfloat16()
         for k, count in ((8, 1), (8, 64), (64, 3)):
@@ -63,9 +70,18 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
         yield {"q": q, **long, "ancestry": tree, "window": 200}
         yield {"q": q, **paged, "ancestry": tree}
         yield {**narrow, "window": 3}
+        wide, table = pages_of(torch.stack((cache, cache.flip(1)))[None], 256)
+        paged = {"k_cache": wide[0, 0], "v_cache": wide[0, 1], "block_table": table}
+        yield {"q": q, **long, **paged}
     elif name == "rollback_kv":
         pages, table = pages_of(sample["cache"], 4)
         yield {**sample, "cache": pages, "block_table": table}
+        line = [*range(0, 64, 2)] + [-1] * 32
+        many = {"path": torch.tensor([line] * 3, dtype=torch.int32),
+                "lengths": torch.tensor([0, 11, 26], dtype=torch.int32),
+                "cache": torch.randn(3, 2, 3, 100, 2, 16).bfloat16()}  # fmt: skip
+        yield many  # several groups of tokens, of which slots overlap
+        yield {**many, "cache": many["cache"].transpose(3, 4).contiguous().transpose(3, 4)}
     elif name in ("verify_linear", "verify_tree"):
         fixed = torch.full_like(sample["law"], int(ek.Law.DETERMINISTIC))
         yield {**narrow, "q_ids": None, "q_probs": None, "law": fixed}
@@ -94,6 +110,7 @@ def main(names: list[str]) -> None:
                 rows.FOLD_BELOW = 0 if few else 1 << 20
                 rows.PROGRAMS, rows.RACING = (1, 8) if few else PROGRAMS
                 tree_attention.FEWEST_SLOTS, exit_merge.CHUNK = (1, 4) if few else (8, 64)
+                rollback_kv.FEW_BELOW, rollback_kv.PROGRAMS = (0, 1) if few else FEW_BELOW
                 tree_attention.tiles_of = few_programs if few else TILES_OF
                 there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
                 getattr(ek, name)(**there)
