@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(vocab: int, batch: int, law: str) -> Inputs:
-    """Logits of a peaked target, a draft near it; q over the draft's eight best ids."""
+    """Logits of a random target, a draft near it; q over the draft's eight best ids."""
     shape = (batch, DRAFTS + 1, vocab)
     target = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 3)
     draft = target[:, :DRAFTS] + torch.randn_like(target[:, :DRAFTS])

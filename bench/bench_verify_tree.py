@@ -50,7 +50,7 @@ def parents(nodes: int) -> list[int]:
 
 
 def inputs(vocab: int, batch: int, nodes: int, law: str, filters: str) -> Inputs:
-    """Logits of a peaked target, drafts near it; q over the draft's eight best ids."""
+    """Logits of a random target, drafts near it; q over the draft's eight best ids."""
     target = torch.empty(batch, nodes, vocab, dtype=torch.bfloat16, device="cuda").normal_(0, 3)
     best = [(row.float() + torch.randn_like(row.float())).topk(KEPT) for row in target]
     values, q_ids = (torch.stack(part) for part in zip(*best, strict=True))

@@ -49,6 +49,7 @@ SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
 FOLD_BELOW = 1 << 21  # logits: with 1.5 M a race in all rows costs no more, with 2.3 M it does
 PROGRAMS = 768  # of `statistics`: of more splits, each takes several, unless it races in all rows
+REGISTERS = 1 << 16  # of a program, at most
 RACING = 528  # that race, likewise: so many have their place at once
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
@@ -179,7 +180,8 @@ def race_row(
     if program < programs - 1:
         tl.store(record_ptr + program, best)
     else:
-        every = tl.arange(0, SPLITS)
+        # A record a lane: lanes that shared one could see it come at different times, and part.
+        every = tl.arange(0, SPLITS if SPLITS > 32 else 32)
         others = every < programs - 1
         records = tl.load(record_ptr + every, mask=others, other=best, volatile=True)
         while tl.min(records, 0) == EMPTY:
@@ -246,6 +248,11 @@ def rows_apart(logits: Tensor) -> bool:
     return (logits.stride(0) | logits.stride(1)) % 16 != 0
 
 
+def all_registers(warps: int) -> int:
+    """Of a thread, the most that it can have and a program of so many warps still start."""
+    return min(255, REGISTERS // (32 * warps))
+
+
 def new_partial(logits: Tensor) -> Tensor:
     """Room for what `statistics` writes."""
     batch, rows, vocab = logits.shape
@@ -297,9 +304,10 @@ def statistics(
         BONUS=bonus, FOLD=fold, LOOP=loop, BLOCK=block,
         SPLITS=triton.next_power_of_2(splits), CHILDREN=triton.next_power_of_2(children),
         WIDTH=triton.next_power_of_2(k), num_warps=warps,
-        # 255: else ptxas spills a word to fit a program more. 64: a tree's would have 95, and fewer
+        # All: else ptxas spills a word to fit a program more. 64: a tree's would have 95, and fewer
         # programs would run at once.
-        maxnreg=255 if spills else 64 if loop and arch >= 90 else None, **overlap(logits),
+        maxnreg=all_registers(warps) if spills else 64 if loop and arch >= 90 else None,
+        **overlap(logits),
     )  # fmt: skip
 
 
@@ -315,7 +323,8 @@ def racing(logits: Tensor, warps: int = 1) -> tuple[int, dict[str, int | bool]]:
     programs = triton.cdiv(splits, triton.cdiv(splits, programs))  # of as many splits each
     return programs, {
         "LOOP": programs < splits, "BLOCK": block, "SPLITS": triton.next_power_of_2(splits),
-        "num_warps": max(warps, enough), "maxnreg": 255 if rows_apart(logits) else 128,
+        "num_warps": max(warps, enough),
+        "maxnreg": all_registers(max(warps, enough)) if rows_apart(logits) else 128,
     }  # fmt: skip
 
 

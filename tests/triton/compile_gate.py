@@ -3,7 +3,8 @@
 `python compile_gate.py 90 [op ...]` calls the package's own launchers on meta tensors of real
 models' shapes (`gate_cases.py`) with Triton's launch replaced by a compile, so that what is
 compiled is what would run; `--every 2` takes every second case of an op. It prints one JSON line a
-kernel: op, case, kernel, registers, stack (bytes spilled to memory).
+kernel: op, case, kernel, registers (of a thread), all_registers (of a program, as they are given
+out), stack (bytes spilled to memory).
 """
 
 import argparse
@@ -77,7 +78,10 @@ def main(arch: int, only: list[str], every: int = 1) -> None:
             call()
             for name, kernel in compiled:
                 if kernel.hash not in known:
-                    known[kernel.hash] = resources(kernel.asm["cubin"])
+                    used = resources(kernel.asm["cubin"])
+                    warp = -(-used["registers"] // 8) * 8 * 32
+                    used["all_registers"] = warp * kernel.metadata.num_warps
+                    known[kernel.hash] = used
                 print(json.dumps({"op": op, "case": case, "kernel": name, **known[kernel.hash]}))
             if not compiled:
                 print(json.dumps({"op": op, "case": case, "kernel": None}))

@@ -98,6 +98,7 @@ def _verify_linear() -> dict[str, Callable[[], object]]:
         (1, 5, 32_000, b, "none", False), (64, 5, 128_256, b, "none", True),
         (8, 5, 32_000, b, "dense", False), (8, 16, 128_256, f, "dense", True),
         (4, 1, 1000, f, "1", False), (64, 5, 50_257, b, "8", False), (64, 5, 50_257, h, "8", True),
+        (8, 5, 262_147, b, "8", False), (8, 5, 262_208, f, "8", False),
     ]  # fmt: skip
     return {"x".join(map(str, case)): _verify(*case) for case in cases}
 
