@@ -48,10 +48,10 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
             yield {"x": x[:outs].bfloat16(), "weight": weight.bfloat16(), "swiglu": True}
             yield {"x": x[:outs].half(), "weight": weight.half(), "norm_weight": norm.half()}
         for i, config in enumerate(dict.fromkeys(linear.BY_SHAPE.values())):
-            rows = 136 + 8 * i
-            linear.BY_SHAPE[rows, 256] = config
-            yield {"x": x.bfloat16(), "weight": weight[:rows].bfloat16(),
-                   "residual": torch.randn(70, rows).bfloat16()}  # fmt: skip
+            count = 136 + 8 * i
+            linear.BY_SHAPE[count, 256] = config
+            yield {"x": x.bfloat16(), "weight": weight[:count].bfloat16(),
+                   "residual": torch.randn(70, count).bfloat16()}  # fmt: skip
     elif name == "exit_topk":
         hidden, head = torch.randn(64, 256).bfloat16(), torch.randn(1003, 256).bfloat16()
         for k, count in ((8, 1), (8, 64), (64, 3)):
