@@ -49,8 +49,8 @@ SPLIT = 2048  # ids of a split, or more:
 MOST_SPLITS = 64  # the walk has those of a row in registers
 FOLD_BELOW = 1 << 21  # logits: with 1.5 M a race in all rows costs no more, with 2.3 M it does
 PROGRAMS = 768  # of `statistics`: of more splits, each takes several, unless it races in all rows
-REGISTERS = 1 << 16  # of a program, at most
 RACING = 528  # that race, likewise: so many have their place at once
+REGISTERS = 1 << 16  # of a program, at most
 
 TOP, SUM, KEY, ID = (tl.constexpr(i) for i in range(4))
 
@@ -145,6 +145,12 @@ def _statistics_kernel(
 
 
 @triton.jit
+def _written(record_ptrs, others, best):
+    """The others' records as they are now, EMPTY or not; best in the other lanes."""
+    return tl.load(record_ptrs, mask=others, other=best, volatile=True)
+
+
+@triton.jit
 def race_row(
     raw, top, row_ptr, cutoff_ptr, tops_ptr, row_top, listed, position, base, seed, c, record_ptr,
     vocab, splits, program, programs, LOOP: tl.constexpr, BLOCK: tl.constexpr,
@@ -183,9 +189,9 @@ def race_row(
         # A record a lane: lanes that shared one could see it come at different times, and part.
         every = tl.arange(0, SPLITS if SPLITS > 32 else 32)
         others = every < programs - 1
-        records = tl.load(record_ptr + every, mask=others, other=best, volatile=True)
+        records = _written(record_ptr + every, others, best)
         while tl.min(records, 0) == EMPTY:
-            records = tl.load(record_ptr + every, mask=others, other=best, volatile=True)
+            records = _written(record_ptr + every, others, best)
         best = tl.minimum(best, tl.min(records, 0))
     return (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), best.to(tl.int32)
 

@@ -199,6 +199,30 @@ def test_edges(split: Callable[[int], None]) -> None:
         assert [t[b].tolist() for t in got] == want, f"case {b}"
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="holds records back in the interpreter")
+def test_the_last_program_waits_for_the_others(
+    split: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the interpreter they have all ended when it looks: a record is held back here."""
+    split(4)
+    monkeypatch.setattr(rows, "FOLD_BELOW", NEVER)
+    arguments = unfiltered(drafts_of(6, 2, 17, 3, [Law.SAMPLED], seed=6))
+    want, looks, inner = run(arguments), 0, rows._written
+
+    def late(ptrs: object, others: Any, best: object) -> Any:
+        nonlocal looks
+        looks += 1
+        records = inner(ptrs, others, best)
+        if looks % 3:  # twice; on the third look it is there
+            records.handle.data[looks % 3] = rows.EMPTY.value
+        return records
+
+    monkeypatch.setattr(rows, "_written", late)
+    assert all(torch.equal(a, b) for a, b in zip(run(arguments), want, strict=True))
+    raced = int((arguments["temperature"] > 0).sum())
+    assert looks == 3 * raced > 0
+
+
 def test_edges_of_dense_laws(split: Callable[[int], None]) -> None:
     split(4)
     cases = [(a, w) for a, w in edges() if a["q_ids"][0, 0].tolist() == list(range(6))][::3]
